@@ -1,0 +1,110 @@
+//! The gateway: OpenAI's HTTP API in front of the request log. It keeps nothing that a request needs to go on;
+//! what it accepts lies in the log and the queue, and what it answers it reads from the log.
+//!
+//! Follow one request: `chat` (read, validate, admit) → `models` and `template` (render, tokenize) →
+//! `running` (begin the log, queue, follow) → `sse` or `answer`.
+
+mod admission;
+mod answer;
+mod body;
+mod chat;
+mod error;
+mod health;
+mod meters;
+mod models;
+mod router;
+mod running;
+mod serve;
+mod sse;
+mod template;
+mod validate;
+
+use admission::Admission;
+use forebay_schemas::ids::GatewayId;
+use forebay_streams::{StreamError, Streams, follow::Hub};
+use health::Reachable;
+use models::Models;
+use std::{sync::Arc, time::Duration};
+use tokio::task::JoinSet;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// Bounds and times of a gateway.
+#[derive(Clone, Debug)]
+pub struct GatewayConfig {
+    /// Its name in log subjects. Two gateways must not share one: each would read the other's requests.
+    pub gateway: GatewayId,
+    /// Time from accepting a request to its terminal event.
+    pub request_timeout: Duration,
+    /// Requests under way at once; one more is answered with 429.
+    pub in_flight_max: usize,
+    /// Bytes of a request's body; a longer one is answered with 413.
+    pub body_bytes_max: usize,
+    /// The longest silence on a stream before a comment is sent.
+    pub keep_alive: Duration,
+    /// How long running requests may take to finish once the gateway is told to stop.
+    pub grace: Duration,
+}
+
+impl Default for GatewayConfig {
+    fn default() -> Self {
+        GatewayConfig {
+            gateway: GatewayId::random("gw"),
+            request_timeout: Duration::from_secs(600),
+            in_flight_max: 1024,
+            body_bytes_max: 4 << 20,
+            keep_alive: Duration::from_secs(15),
+            grace: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A gateway that follows its logs and the models, ready to serve.
+pub struct Gateway {
+    shared: Arc<Shared>,
+    /// Its loops, which end with it.
+    _background: JoinSet<()>,
+}
+
+/// What every request uses.
+pub(crate) struct Shared {
+    config: GatewayConfig,
+    streams: Streams,
+    hub: Hub,
+    models: Arc<Models>,
+    admission: Admission,
+    reachable: Reachable,
+    /// One task for each request under way; see `running::keeper`.
+    keepers: TaskTracker,
+    /// The gateway was told to stop: no longer ready.
+    draining: CancellationToken,
+    /// The grace is over: what still runs ends now.
+    closing: CancellationToken,
+}
+
+impl Gateway {
+    /// Connects a gateway to a backend. Fails if that does not answer.
+    pub async fn start(streams: Streams, config: GatewayConfig) -> Result<Gateway, StreamError> {
+        // Before any meter is made: those made earlier count nothing.
+        if let Err(error) = meters::recorder() {
+            tracing::warn!(error, "metrics go to another recorder of this process");
+        }
+        let hub = Hub::start(streams.log.clone(), config.gateway.clone()).await?;
+        let models = Arc::new(Models::follow(streams.registry.clone()).await?);
+        let shared = Arc::new(Shared {
+            admission: Admission::new(config.in_flight_max),
+            config,
+            streams,
+            hub,
+            models: models.clone(),
+            reachable: Reachable::now(),
+            keepers: TaskTracker::new(),
+            draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
+        });
+        let mut background = JoinSet::new();
+        background.spawn(models::preload(models));
+        background.spawn(health::probe(Arc::downgrade(&shared)));
+        background.spawn(meters::upkeep());
+        Ok(Gateway { shared, _background: background })
+    }
+}

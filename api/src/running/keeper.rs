@@ -1,0 +1,123 @@
+//! Who sees to it that a request's log ends: one small task for each request. It learns from the one end of a
+//! channel being dropped that the client is gone, and needs nobody to tell it that the time is up.
+
+use crate::{Shared, admission::Permit};
+use forebay_schemas::event::{Body, FailureCode, RequestFailed};
+use forebay_streams::{
+    Streams,
+    cancel::cancel,
+    log::LogRef,
+    tasks::CancelSignal,
+    writer::{LogWriter, WriteError},
+};
+use std::{sync::Arc, time::Duration};
+use tokio::sync::oneshot;
+
+/// Times that an ending is tried while the backend does not take it, each wait twice the last one.
+const ATTEMPTS_MAX: u32 = 7;
+
+/// The first wait: with doubling, about half a minute in all.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+
+/// The request's end of the channel. Dropped without a word, the client is gone.
+pub(super) struct Keeper(Option<oneshot::Sender<End>>);
+
+enum End {
+    /// The log has a terminal event.
+    Ended,
+    /// Nobody here will read on.
+    Abandoned(&'static str),
+}
+
+impl Keeper {
+    /// Starts watching over a request. The permit is held until its log has ended.
+    pub(super) fn spawn(gateway: &Arc<Shared>, log: LogRef, timeout: Duration, permit: Permit) -> Keeper {
+        let (sender, receiver) = oneshot::channel();
+        gateway.keepers.spawn(keep(gateway.streams.clone(), log, timeout, permit, receiver));
+        Keeper(Some(sender))
+    }
+
+    /// The log has a terminal event.
+    pub(super) fn ended(&mut self) {
+        self.tell(End::Ended);
+    }
+
+    /// Nobody here will read on; the cause goes into the log, if it has not ended.
+    pub(super) fn abandon(&mut self, cause: &'static str) {
+        self.tell(End::Abandoned(cause));
+    }
+
+    fn tell(&mut self, end: End) {
+        if let Some(sender) = self.0.take() {
+            // Nobody listens any more: the deadline has passed, and the keeper has ended the log itself.
+            let _ = sender.send(end);
+        }
+    }
+}
+
+/// How a log is to end.
+enum Ending {
+    Cancelled(&'static str),
+    Expired(Duration),
+}
+
+async fn keep(
+    streams: Streams,
+    log: LogRef,
+    timeout: Duration,
+    _permit: Permit,
+    end: oneshot::Receiver<End>,
+) {
+    let ending = match tokio::time::timeout(timeout, end).await {
+        Ok(Ok(End::Ended)) => return,
+        Ok(Ok(End::Abandoned(cause))) => Ending::Cancelled(cause),
+        Ok(Err(_dropped)) => Ending::Cancelled("client disconnected"),
+        Err(_elapsed) => Ending::Expired(timeout),
+    };
+    let mut wait = RETRY_FIRST;
+    for attempts in 1..=ATTEMPTS_MAX {
+        let ended = match ending {
+            Ending::Cancelled(cause) => cancel(&streams, &log, cause).await.map(drop),
+            Ending::Expired(timeout) => expire(&streams, &log, timeout).await,
+        };
+        match ended {
+            Ok(()) => return,
+            Err(error) if attempts == ATTEMPTS_MAX => {
+                tracing::error!(%log, %error, "the request could not be ended");
+            }
+            // A log that does not exist is tried again too: it may be about to.
+            Err(error) => {
+                tracing::debug!(%log, %error, "the request could not be ended yet");
+                tokio::time::sleep(wait).await;
+                wait *= 2;
+            }
+        }
+    }
+}
+
+/// Ends a request whose time is up, unless it has ended.
+async fn expire(streams: &Streams, log: &LogRef, timeout: Duration) -> Result<(), WriteError> {
+    let mut writer = LogWriter::open(streams.log.clone(), log.clone()).await?;
+    if writer.state().phase.is_terminal() {
+        return Ok(());
+    }
+    let message = deadline_message(timeout);
+    let failed = RequestFailed { code: FailureCode::DeadlineExceeded, message: message.clone() };
+    match writer.append(Body::RequestFailed(failed)).await {
+        // It ended in this very moment.
+        Err(WriteError::Overtaken { .. }) => return Ok(()),
+        other => other?,
+    }
+    if let Some(worker) = &writer.state().worker {
+        let signal = CancelSignal { request: log.request, cause: message };
+        if let Err(error) = streams.tasks.signal_cancel(worker, &signal).await {
+            tracing::debug!(%log, %error, "the worker was not told; the log will tell it");
+        }
+    }
+    Ok(())
+}
+
+/// What a client reads when its time is up.
+pub(super) fn deadline_message(timeout: Duration) -> String {
+    format!("the request did not end within {} s", timeout.as_secs_f64())
+}

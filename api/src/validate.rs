@@ -1,0 +1,124 @@
+//! What a request asks for, checked against the model's card: everything wrong with it is said by name, and
+//! nothing that would change the answer is silently ignored. Pure: the seed for a client that gave none is an
+//! argument.
+
+mod conversation;
+mod unsupported;
+
+use crate::error::{ApiError, ErrorCode};
+use forebay_schemas::{card::ModelCard, event::RequestAccepted, openai::ChatRequest, sampling::Sampling};
+use std::time::Duration;
+
+pub(crate) use conversation::{Turn, conversation};
+
+/// Stop strings that a request may have, as at OpenAI.
+const STOPS_MAX: usize = 4;
+
+/// What a request asks for, apart from its prompt.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Params {
+    sampling: Sampling,
+    /// As the client gave it.
+    max_tokens: Option<u32>,
+    stop: Vec<String>,
+    ignore_eos: bool,
+}
+
+/// Checks all fields of a request but the conversation.
+pub(crate) fn params(request: &ChatRequest, card: &ModelCard, drawn_seed: u64) -> Result<Params, ApiError> {
+    unsupported::refuse(request)?;
+    let temperature = request.temperature.unwrap_or(card.defaults.temperature);
+    within("temperature", temperature, (0.0..=2.0).contains(&temperature), "from 0 to 2")?;
+    let top_p = request.top_p.unwrap_or(card.defaults.top_p);
+    within("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and up to 1")?;
+    let top_k = match request.top_k {
+        None => card.defaults.top_k,
+        Some(-1) => 0,
+        Some(k) => u32::try_from(k).map_err(|_| {
+            invalid("top_k", format!("top_k is {k}; give 0 or -1 for all tokens, or how many to keep"))
+        })?,
+    };
+    let (name, max_tokens) = match request.max_completion_tokens {
+        Some(most) => ("max_completion_tokens", Some(most)),
+        None => ("max_tokens", request.max_tokens),
+    };
+    if max_tokens == Some(0) {
+        return Err(invalid(name, format!("{name} is 0; ask for at least one token")));
+    }
+    Ok(Params {
+        // A negative seed keeps its bits.
+        sampling: Sampling {
+            temperature,
+            top_p,
+            top_k,
+            seed: request.seed.map_or(drawn_seed, |seed| seed as u64),
+        },
+        max_tokens,
+        stop: stop(request)?,
+        ignore_eos: request.ignore_eos.unwrap_or(false),
+    })
+}
+
+impl Params {
+    /// The request, once its prompt is known to fit.
+    pub(crate) fn accept(
+        self,
+        card: &ModelCard,
+        prompt: Vec<u32>,
+        timeout: Duration,
+    ) -> Result<RequestAccepted, ApiError> {
+        let context = card.context_tokens as usize;
+        let room = context.saturating_sub(prompt.len());
+        let wanted = self.max_tokens.map_or(1, |most| most as usize);
+        if room < wanted {
+            let asked = match self.max_tokens {
+                Some(most) => format!(
+                    "{} tokens ({} of messages, {most} of completion)",
+                    prompt.len() + wanted,
+                    prompt.len()
+                ),
+                None => format!("{} tokens of messages, which leaves no room for an answer", prompt.len()),
+            };
+            return Err(ApiError::of(
+                ErrorCode::ContextLengthExceeded,
+                "messages",
+                format!(
+                    "the context of {} is {context} tokens, and this request asks for {asked}; shorten it",
+                    card.name
+                ),
+            ));
+        }
+        Ok(RequestAccepted {
+            model: card.name.clone(),
+            endpoint: "chat.completions".into(),
+            prompt,
+            sampling: self.sampling,
+            max_tokens: self.max_tokens.unwrap_or(room as u32),
+            stop: self.stop,
+            ignore_eos: self.ignore_eos,
+            timeout_ms: timeout.as_millis() as u64,
+        })
+    }
+}
+
+fn stop(request: &ChatRequest) -> Result<Vec<String>, ApiError> {
+    let stop = request.stop.as_ref().map_or(&[][..], |stop| stop.as_slice());
+    if stop.len() > STOPS_MAX {
+        return Err(invalid("stop", format!("{} stop strings; give at most {STOPS_MAX}", stop.len())));
+    }
+    if stop.iter().any(String::is_empty) {
+        return Err(invalid("stop", "a stop string is empty; leave it out"));
+    }
+    Ok(stop.to_vec())
+}
+
+fn within(param: &str, value: f32, holds: bool, range: &str) -> Result<(), ApiError> {
+    if holds { Ok(()) } else { Err(invalid(param, format!("{param} is {value}; it must be {range}"))) }
+}
+
+fn invalid(param: &str, message: impl Into<String>) -> ApiError {
+    ApiError::of(ErrorCode::InvalidValue, param, message)
+}
+
+#[cfg(test)]
+mod tests;

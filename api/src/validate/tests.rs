@@ -1,0 +1,159 @@
+use super::*;
+use forebay_schemas::{
+    card::{BlobRef, SamplingDefaults},
+    ids::ModelKey,
+    kv::LayoutHash,
+};
+use serde_json::{Value, json};
+
+fn card() -> ModelCard {
+    ModelCard {
+        name: "demo".into(),
+        key: ModelKey::of("demo"),
+        created_s: 0,
+        vocab_size: 100,
+        context_tokens: 64,
+        eos_token_ids: vec![2],
+        tokenizer: BlobRef { name: "t".into(), bytes: 0 },
+        chat_template: None,
+        special_tokens: vec![],
+        defaults: SamplingDefaults { temperature: 0.7, top_p: 0.9, top_k: 20 },
+        layout_hash: LayoutHash(1),
+        weights: "fp32".into(),
+    }
+}
+
+fn request(more: Value) -> ChatRequest {
+    let mut request = json!({ "model": "demo", "messages": [{ "role": "user", "content": "hi" }] });
+    request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    serde_json::from_value(request).unwrap()
+}
+
+fn accepted(more: Value, prompt_tokens: usize) -> Result<RequestAccepted, ApiError> {
+    params(&request(more), &card(), 99)?.accept(&card(), vec![1; prompt_tokens], Duration::from_secs(5))
+}
+
+fn error(more: Value) -> (ErrorCode, Option<String>) {
+    let request = request(more);
+    let error =
+        params(&request, &card(), 0).map(drop).and_then(|()| conversation(&request).map(drop)).unwrap_err();
+    (error.code(), error.envelope().error.param)
+}
+
+#[test]
+fn what_is_not_said_comes_from_the_card() {
+    let accepted = accepted(json!({}), 10).unwrap();
+    assert_eq!(accepted.sampling, Sampling { temperature: 0.7, top_p: 0.9, top_k: 20, seed: 99 });
+    assert_eq!((accepted.max_tokens, accepted.timeout_ms), (54, 5000));
+    assert!(accepted.stop.is_empty() && !accepted.ignore_eos);
+}
+
+#[test]
+fn what_is_said_is_taken() {
+    let all = json!({
+        "temperature": 0, "top_p": 1, "top_k": -1, "seed": -1, "max_tokens": 7, "max_completion_tokens": 5,
+        "stop": ["a", "b"], "ignore_eos": true, "user": "u", "store": true, "reasoning_effort": "low",
+        "n": 1, "presence_penalty": 0, "tools": [], "tool_choice": "none", "logit_bias": {}, "logprobs": false,
+        "response_format": { "type": "text" }, "modalities": ["text"], "parallel_tool_calls": true,
+    });
+    let accepted = accepted(all, 10).unwrap();
+    assert_eq!(accepted.sampling, Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: u64::MAX });
+    assert_eq!((accepted.max_tokens, accepted.stop.len(), accepted.ignore_eos), (5, 2, true));
+}
+
+#[test]
+fn what_does_not_fit_the_context_is_refused_with_both_numbers() {
+    assert_eq!(accepted(json!({ "max_tokens": 54 }), 10).unwrap().max_tokens, 54);
+    for (most, prompt) in [(json!({ "max_tokens": 55 }), 10), (json!({}), 64), (json!({}), 100)] {
+        let error = accepted(most, prompt).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::ContextLengthExceeded);
+        let message = error.envelope().error.message;
+        assert!(message.contains("64 tokens") && message.contains(&prompt.to_string()), "{message}");
+    }
+}
+
+#[test]
+fn values_out_of_range_are_named() {
+    for (param, value) in [
+        ("temperature", json!(2.1)),
+        ("temperature", json!(-1)),
+        ("top_p", json!(0)),
+        ("top_p", json!(1.5)),
+        ("top_k", json!(-2)),
+        ("max_tokens", json!(0)),
+        ("max_completion_tokens", json!(0)),
+        ("stop", json!(["a", "b", "c", "d", "e"])),
+        ("stop", json!("")),
+        ("messages", json!([])),
+    ] {
+        assert_eq!(error(json!({ param: value })), (ErrorCode::InvalidValue, Some(param.into())), "{param}");
+    }
+}
+
+#[test]
+fn what_can_not_be_honoured_is_named() {
+    for (param, value) in [
+        ("n", json!(2)),
+        ("logprobs", json!(true)),
+        ("top_logprobs", json!(3)),
+        ("tools", json!([{ "type": "function" }])),
+        ("tool_choice", json!("auto")),
+        ("functions", json!([{}])),
+        ("function_call", json!("auto")),
+        ("response_format", json!({ "type": "json_object" })),
+        ("presence_penalty", json!(0.5)),
+        ("frequency_penalty", json!(-0.5)),
+        ("repetition_penalty", json!(1.1)),
+        ("min_p", json!(0.1)),
+        ("min_tokens", json!(1)),
+        ("stop_token_ids", json!([1])),
+        ("logit_bias", json!({ "1": 5 })),
+        ("modalities", json!(["text", "audio"])),
+        ("audio", json!({})),
+        ("web_search_options", json!({})),
+        ("cache_salt", json!("s")),
+    ] {
+        assert_eq!(
+            error(json!({ param: value })),
+            (ErrorCode::UnsupportedParameter, Some(param.into())),
+            "{param}"
+        );
+    }
+}
+
+#[test]
+fn messages_that_can_not_be_honoured_are_named() {
+    for (param, code, message) in [
+        (
+            "messages[0].content[1].type",
+            ErrorCode::UnsupportedParameter,
+            json!({ "role": "user", "content": [
+            { "type": "text", "text": "see" }, { "type": "image_url", "image_url": { "url": "x" } }] }),
+        ),
+        (
+            "messages[0].content[0].text",
+            ErrorCode::MissingParameter,
+            json!({ "role": "user", "content": [{ "type": "text" }] }),
+        ),
+        ("messages[0].content", ErrorCode::MissingParameter, json!({ "role": "user" })),
+        ("messages[0].role", ErrorCode::UnsupportedParameter, json!({ "role": "tool", "content": "4" })),
+        (
+            "messages[0].tool_calls",
+            ErrorCode::UnsupportedParameter,
+            json!({ "role": "assistant", "tool_calls": [{}] }),
+        ),
+    ] {
+        assert_eq!(error(json!({ "messages": [message] })), (code, Some(param.into())), "{param}");
+    }
+}
+
+#[test]
+fn turns_are_plain_text() {
+    let request = request(json!({ "messages": [
+        { "role": "developer", "content": "rules" },
+        { "role": "user", "content": [{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }], "name": "ann" },
+    ] }));
+    let turns = conversation(&request).unwrap();
+    assert_eq!((turns[0].role, turns[0].content.as_ref()), ("system", "rules"));
+    assert_eq!((turns[1].role, turns[1].content.as_ref(), turns[1].name), ("user", "a\nb", Some("ann")));
+}

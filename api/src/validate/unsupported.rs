@@ -1,0 +1,55 @@
+//! Fields that would change the answer, and that no worker honours.
+
+use crate::error::{ApiError, ErrorCode};
+use forebay_schemas::openai::ChatRequest;
+use serde_json::Value;
+
+/// Refuses the first field that can't be honoured, unless its value asks for nothing.
+pub(super) fn refuse(request: &ChatRequest) -> Result<(), ApiError> {
+    let r = request;
+    let checks = [
+        ("n", r.n.is_some_and(|n| n != 1), "only 1: send the request several times"),
+        ("logprobs", r.logprobs == Some(true), "only false"),
+        ("top_logprobs", r.top_logprobs.is_some_and(|n| n > 0), "only 0"),
+        ("tools", r.tools.as_ref().is_some_and(|tools| !tools.is_empty()), "only an empty list"),
+        ("tool_choice", r.tool_choice.as_ref().is_some_and(|choice| choice != "none"), "only \"none\""),
+        (
+            "functions",
+            r.functions.as_ref().is_some_and(|functions| !functions.is_empty()),
+            "only an empty list",
+        ),
+        ("function_call", r.function_call.as_ref().is_some_and(|call| call != "none"), "only \"none\""),
+        ("response_format", r.response_format.as_ref().is_some_and(not_text), "only {\"type\": \"text\"}"),
+        ("presence_penalty", r.presence_penalty.is_some_and(|penalty| penalty != 0.0), "only 0"),
+        ("frequency_penalty", r.frequency_penalty.is_some_and(|penalty| penalty != 0.0), "only 0"),
+        ("repetition_penalty", r.repetition_penalty.is_some_and(|penalty| penalty != 1.0), "only 1"),
+        ("min_p", r.min_p.is_some_and(|p| p != 0.0), "only 0"),
+        ("min_tokens", r.min_tokens.is_some_and(|n| n != 0), "only 0"),
+        (
+            "stop_token_ids",
+            r.stop_token_ids.as_ref().is_some_and(|ids| !ids.is_empty()),
+            "only an empty list; use stop",
+        ),
+        ("logit_bias", r.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()), "only an empty object"),
+        (
+            "modalities",
+            r.modalities.as_ref().is_some_and(|kinds| kinds.iter().any(|kind| kind != "text")),
+            "only [\"text\"]",
+        ),
+        ("audio", r.audio.is_some(), "none"),
+        ("web_search_options", r.web_search_options.is_some(), "none"),
+        ("cache_salt", r.cache_salt.is_some(), "none"),
+    ];
+    match checks.into_iter().find(|(_, asks, _)| *asks) {
+        None => Ok(()),
+        Some((param, _, served)) => Err(ApiError::of(
+            ErrorCode::UnsupportedParameter,
+            param,
+            format!("this value of {param} is not supported (supported: {served}); leave it out"),
+        )),
+    }
+}
+
+fn not_text(format: &Value) -> bool {
+    format.get("type").is_none_or(|kind| kind != "text")
+}

@@ -1,0 +1,81 @@
+//! What gateways know of models and workers.
+
+use crate::{
+    ids::{ModelKey, WorkerId},
+    kv::LayoutHash,
+    task::Role,
+};
+use serde::{Deserialize, Serialize};
+
+/// A served model, as its workers publish it. It outlives them: a model scaled to zero is still listed, and
+/// requests for it wait for a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelCard {
+    /// The name that clients use.
+    pub name: String,
+    /// The name in subjects.
+    pub key: ModelKey,
+    /// When it was first published, in seconds since the Unix epoch.
+    pub created_s: u64,
+    /// Token ids below this exist.
+    pub vocab_size: u32,
+    /// Most tokens of prompt and answer together.
+    pub context_tokens: u32,
+    /// Token ids that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// The tokenizer (`tokenizer.json`), by digest in the blob store.
+    pub tokenizer: BlobRef,
+    /// The chat template, in Jinja.
+    pub chat_template: Option<String>,
+    /// Text of the special tokens that a template may name (`bos_token`, `eos_token` …).
+    pub special_tokens: Vec<(String, String)>,
+    /// Sampling where the client says nothing, from `generation_config.json`.
+    pub defaults: SamplingDefaults,
+    /// Meaning of KV bytes; see [`LayoutHash`].
+    pub layout_hash: LayoutHash,
+    /// The weights as they are run, such as `int4/32`.
+    pub weights: String,
+}
+
+/// Sampling parameters where the client gives none.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SamplingDefaults {
+    /// See [`crate::sampling::Sampling`].
+    pub temperature: f32,
+    /// See [`crate::sampling::Sampling`].
+    pub top_p: f32,
+    /// See [`crate::sampling::Sampling`].
+    pub top_k: u32,
+}
+
+/// A reference to bytes in the blob store.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlobRef {
+    /// Object name: a digest of the content.
+    pub name: String,
+    /// Size.
+    pub bytes: u64,
+}
+
+/// A living worker, as it says of itself in its lease.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerLease {
+    /// Who.
+    pub worker: WorkerId,
+    /// Which life.
+    pub incarnation: u64,
+    /// What it does.
+    pub role: Role,
+    /// For which model.
+    pub model: ModelKey,
+    /// What its KV means.
+    pub layout_hash: LayoutHash,
+    /// Sequences that it can hold.
+    pub slots: u32,
+    /// Of these, how many are free.
+    pub free_slots: u32,
+    /// Host and boot id: equal ids share memory.
+    pub host: String,
+    /// Unix socket where peers on the same host get its region.
+    pub kv_socket: String,
+}

@@ -1,0 +1,249 @@
+//! What happens to a request. An event is a header and a body; bodies are past tense and permanent: a name is
+//! never reused, fields are only added, a new meaning is a new version with an upcaster in [`crate::wire`].
+
+use crate::{
+    ids::{RequestId, WorkerId},
+    kv::KvHandle,
+    sampling::Sampling,
+};
+use serde::{Deserialize, Serialize};
+
+/// One entry of a request's log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// The request that the event belongs to.
+    pub request: RequestId,
+    /// Which attempt at the request it belongs to: 0 before the first `Claimed`, then counting up.
+    pub attempt: u32,
+    /// When it happened by its author's clock, in microseconds since the Unix epoch. For reading, not for
+    /// ordering: the log orders.
+    pub time_us: u64,
+    /// What happened.
+    #[serde(flatten)]
+    pub body: Body,
+}
+
+/// What happened to a request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", content = "data")]
+pub enum Body {
+    /// A gateway took responsibility: from here on the request reaches exactly one terminal event.
+    RequestAccepted(RequestAccepted),
+    /// A decode worker took the request over. Everything that earlier attempts try to append is refused.
+    Claimed(Claimed),
+    /// The decode worker asked for a remote prefill.
+    PrefillQueued(PrefillQueued),
+    /// A prefill worker began.
+    PrefillClaimed(PrefillClaimed),
+    /// KV of a range of tokens is sealed and can be read.
+    KvReady(KvReady),
+    /// The remote prefill is done, and the first token is known.
+    PrefillCompleted(PrefillCompleted),
+    /// The decode worker has all KV in its own slot, checked.
+    KvTransferred(KvTransferred),
+    /// The KV could not be read or failed its check; the decode worker computes it itself.
+    KvLost(KvLost),
+    /// Tokens were generated.
+    TokensGenerated(TokensGenerated),
+    /// Terminal: the answer is whole.
+    RequestCompleted(RequestCompleted),
+    /// Terminal: there will be no (further) answer.
+    RequestFailed(RequestFailed),
+    /// Terminal: the client no longer wants it.
+    RequestCancelled(RequestCancelled),
+}
+
+/// Everything that is needed to run the request, on any worker, any number of times.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RequestAccepted {
+    /// Model name as the client gave it.
+    pub model: String,
+    /// Endpoint that took it, such as `chat.completions`.
+    pub endpoint: String,
+    /// Token ids of the rendered prompt.
+    pub prompt: Vec<u32>,
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// At most this many tokens are generated.
+    pub max_tokens: u32,
+    /// Generation ends before the first of these in the text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stop: Vec<String>,
+    /// Go on past the end-of-sequence token: for benchmarks.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ignore_eos: bool,
+    /// Time to the terminal event, from this event's time, in milliseconds.
+    pub timeout_ms: u64,
+}
+
+/// A decode worker's claim.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Claimed {
+    /// Who claims.
+    pub worker: WorkerId,
+    /// Where the task's delivery is acknowledged: a watcher that sees the worker die sends `-NAK` there, and
+    /// the task is redelivered at once.
+    pub ack_subject: String,
+    /// How often the task has been delivered, this time included.
+    pub delivery: u64,
+}
+
+/// A request for a remote prefill.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrefillQueued {
+    /// Tokens to prefill: the prompt and, after a failover, what was generated before.
+    pub tokens: u32,
+    /// Why it is not done here, such as `prompt of 512 > max_local_prefill_length 128`.
+    pub reason: String,
+}
+
+/// A prefill worker's claim.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrefillClaimed {
+    /// Who prefills.
+    pub worker: WorkerId,
+    /// As in [`Claimed`].
+    pub ack_subject: String,
+    /// As in [`Claimed`].
+    pub delivery: u64,
+}
+
+/// Sealed KV.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KvReady {
+    /// Where it is.
+    pub handle: KvHandle,
+}
+
+/// The end of a remote prefill.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrefillCompleted {
+    /// Index of the token within the output: 0 unless an earlier attempt generated some.
+    pub first_index: u32,
+    /// The token drawn from the last position.
+    pub token: u32,
+    /// Text that the client may see now.
+    pub text: String,
+    /// Time that the computation took, in microseconds.
+    pub compute_us: u64,
+}
+
+/// A finished read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KvTransferred {
+    /// Bytes read.
+    pub bytes: u64,
+    /// Tokens whose KV was read.
+    pub tokens: u32,
+    /// Time that the read took, checks included, in microseconds.
+    pub read_us: u64,
+    /// Transport, such as `shm`.
+    pub transport: String,
+}
+
+/// A failed read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KvLost {
+    /// What failed.
+    pub reason: String,
+}
+
+/// New tokens, and the text that became certain with them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokensGenerated {
+    /// Index of the first of them within the output.
+    pub first_index: u32,
+    /// Token ids.
+    pub tokens: Vec<u32>,
+    /// Text that the client may see now. It can lag behind the tokens: half of a character, or the beginning
+    /// of what may become a stop string, is held back.
+    pub text: String,
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// The model ended its turn, or a stop string appeared.
+    Stop,
+    /// `max_tokens`, or the end of the context.
+    Length,
+}
+
+/// Tokens counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated, an end-of-sequence token included.
+    pub completion_tokens: u32,
+    /// Tokens of the prompt whose KV was found in a prefix cache.
+    #[serde(default)]
+    pub cached_tokens: u32,
+}
+
+/// The successful end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RequestCompleted {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Tokens counted.
+    pub usage: Usage,
+}
+
+/// What kind of failure ended a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureCode {
+    /// No terminal event within the request's `timeout_ms`.
+    DeadlineExceeded,
+    /// The queue took no task after the request was accepted.
+    QueueUnavailable,
+    /// The task failed as often as it may.
+    TooManyAttempts,
+    /// No worker of this model can run the request, such as one with a longer prompt than its slots.
+    Unservable,
+    /// The engine failed.
+    EngineFailed,
+}
+
+/// The unsuccessful end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RequestFailed {
+    /// What kind.
+    pub code: FailureCode,
+    /// In words, for the client.
+    pub message: String,
+}
+
+/// The unwanted end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RequestCancelled {
+    /// What cancelled it, such as `client disconnected`.
+    pub cause: String,
+}
+
+impl Body {
+    /// The name of the event, as in its header.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Body::RequestAccepted(_) => "RequestAccepted",
+            Body::Claimed(_) => "Claimed",
+            Body::PrefillQueued(_) => "PrefillQueued",
+            Body::PrefillClaimed(_) => "PrefillClaimed",
+            Body::KvReady(_) => "KvReady",
+            Body::PrefillCompleted(_) => "PrefillCompleted",
+            Body::KvTransferred(_) => "KvTransferred",
+            Body::KvLost(_) => "KvLost",
+            Body::TokensGenerated(_) => "TokensGenerated",
+            Body::RequestCompleted(_) => "RequestCompleted",
+            Body::RequestFailed(_) => "RequestFailed",
+            Body::RequestCancelled(_) => "RequestCancelled",
+        }
+    }
+
+    /// Whether nothing may follow.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Body::RequestCompleted(_) | Body::RequestFailed(_) | Body::RequestCancelled(_))
+    }
+}

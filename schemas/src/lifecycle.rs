@@ -1,0 +1,245 @@
+//! The life of a request as a pure state machine: a fold over its events.
+//!
+//! Every process that touches a request folds its log through this code, and decides on the resulting state.
+//! An event that does not fit is refused, in the writer before it is appended and in every reader after.
+
+use crate::{
+    event::{Body, Event, FinishReason, RequestAccepted, Usage},
+    ids::{RequestId, WorkerId},
+    kv::KvHandle,
+};
+use serde::Serialize;
+use std::sync::Arc;
+
+/// Where a request is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Accepted; no worker has it.
+    Queued,
+    /// A decode worker has it and no KV yet.
+    Claimed,
+    /// A remote prefill is asked for.
+    PrefillQueued,
+    /// A prefill worker computes.
+    Prefilling,
+    /// The KV lies sealed at the prefill worker; the first token is known.
+    Prefilled,
+    /// The decode worker has the KV and generates.
+    Decoding,
+    /// Ended: whole.
+    Completed,
+    /// Ended: failed.
+    Failed,
+    /// Ended: no longer wanted.
+    Cancelled,
+}
+
+impl Phase {
+    /// Whether the request has ended.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Phase::Completed | Phase::Failed | Phase::Cancelled)
+    }
+}
+
+/// A request, as its events so far tell it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lifecycle {
+    /// Which request.
+    pub request: RequestId,
+    /// What was asked.
+    pub accepted: Arc<RequestAccepted>,
+    /// When it was accepted, in microseconds since the Unix epoch, by the gateway's clock.
+    pub accepted_us: u64,
+    /// Where it is.
+    pub phase: Phase,
+    /// The current attempt; 0 before the first claim.
+    pub attempt: u32,
+    /// The decode worker of the current attempt.
+    pub worker: Option<WorkerId>,
+    /// All tokens generated so far, over all attempts.
+    pub tokens: Vec<u32>,
+    /// All text released so far.
+    pub text: String,
+    /// Sealed KV of the current prefill, contiguous from position 0.
+    pub kv: Vec<KvHandle>,
+    /// How it ended, if it completed.
+    pub finish: Option<FinishReason>,
+}
+
+/// An event that can't follow what came before.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Illegal {
+    /// The first event is not `RequestAccepted`.
+    #[error("a log begins with RequestAccepted, not {0}")]
+    First(&'static str),
+    /// The event does not belong to this request.
+    #[error("event of request {found} in the log of {expected}")]
+    OtherRequest {
+        /// Whose log it is.
+        expected: RequestId,
+        /// Whose event it is.
+        found: RequestId,
+    },
+    /// The request has ended.
+    #[error("{event} after the request has {phase:?}")]
+    AfterEnd {
+        /// The late event.
+        event: &'static str,
+        /// How the request ended.
+        phase: Phase,
+    },
+    /// Of an attempt that is not the current one (or, for `Claimed`, not the next).
+    #[error("{event} of attempt {found}, expected {expected}")]
+    Attempt {
+        /// The event.
+        event: &'static str,
+        /// Its attempt.
+        found: u32,
+        /// The only one that fits.
+        expected: u32,
+    },
+    /// Not from this phase.
+    #[error("{event} while {phase:?}")]
+    Phase {
+        /// The event.
+        event: &'static str,
+        /// Where the request is.
+        phase: Phase,
+    },
+    /// Tokens or KV that do not join what is there.
+    #[error("{event} starts at {found}, expected {expected}")]
+    Gap {
+        /// The event.
+        event: &'static str,
+        /// Index that it starts at.
+        found: u32,
+        /// Index that joins.
+        expected: u32,
+    },
+}
+
+impl Lifecycle {
+    /// The state after the first event.
+    pub fn begin(event: &Event) -> Result<Lifecycle, Illegal> {
+        let Body::RequestAccepted(accepted) = &event.body else { return Err(Illegal::First(event.body.name())) };
+        Ok(Lifecycle {
+            request: event.request,
+            accepted: Arc::new(accepted.clone()),
+            accepted_us: event.time_us,
+            phase: Phase::Queued,
+            attempt: 0,
+            worker: None,
+            tokens: Vec::new(),
+            text: String::new(),
+            kv: Vec::new(),
+            finish: None,
+        })
+    }
+
+    /// Applies one more event. On an error the state is as it was.
+    pub fn apply(&mut self, event: &Event) -> Result<(), Illegal> {
+        self.check(event)?;
+        match &event.body {
+            Body::RequestAccepted(_) => unreachable!("refused by check"),
+            Body::Claimed(claimed) => {
+                self.attempt = event.attempt;
+                self.worker = Some(claimed.worker.clone());
+                self.phase = Phase::Claimed;
+                self.kv.clear();
+            }
+            Body::PrefillQueued(_) => self.phase = Phase::PrefillQueued,
+            Body::PrefillClaimed(_) => {
+                self.kv.clear();
+                self.phase = Phase::Prefilling;
+            }
+            Body::KvReady(ready) => self.kv.push(ready.handle.clone()),
+            Body::PrefillCompleted(prefill) => {
+                self.tokens.push(prefill.token);
+                self.text.push_str(&prefill.text);
+                self.phase = Phase::Prefilled;
+            }
+            Body::KvTransferred(_) => self.phase = Phase::Decoding,
+            Body::KvLost(_) => self.phase = Phase::Claimed,
+            Body::TokensGenerated(generated) => {
+                self.tokens.extend_from_slice(&generated.tokens);
+                self.text.push_str(&generated.text);
+                self.phase = Phase::Decoding;
+            }
+            Body::RequestCompleted(completed) => {
+                self.finish = Some(completed.reason);
+                self.phase = Phase::Completed;
+            }
+            Body::RequestFailed(_) => self.phase = Phase::Failed,
+            Body::RequestCancelled(_) => self.phase = Phase::Cancelled,
+        }
+        Ok(())
+    }
+
+    /// Whether the event can follow.
+    pub fn check(&self, event: &Event) -> Result<(), Illegal> {
+        let name = event.body.name();
+        if event.request != self.request {
+            return Err(Illegal::OtherRequest { expected: self.request, found: event.request });
+        }
+        if self.phase.is_terminal() {
+            return Err(Illegal::AfterEnd { event: name, phase: self.phase.clone() });
+        }
+        let claims = matches!(event.body, Body::Claimed(_));
+        let expected = self.attempt + u32::from(claims);
+        if event.attempt != expected {
+            return Err(Illegal::Attempt { event: name, found: event.attempt, expected });
+        }
+        let fits = match &event.body {
+            Body::RequestAccepted(_) => false,
+            Body::Claimed(_) | Body::RequestFailed(_) | Body::RequestCancelled(_) => true,
+            Body::PrefillQueued(_) => self.phase == Phase::Claimed,
+            Body::PrefillClaimed(_) => matches!(self.phase, Phase::PrefillQueued | Phase::Prefilling),
+            Body::KvReady(_) | Body::PrefillCompleted(_) => self.phase == Phase::Prefilling,
+            Body::KvTransferred(_) => self.phase == Phase::Prefilled,
+            Body::KvLost(_) => {
+                matches!(self.phase, Phase::PrefillQueued | Phase::Prefilling | Phase::Prefilled)
+            }
+            Body::TokensGenerated(_) => matches!(self.phase, Phase::Claimed | Phase::Decoding),
+            Body::RequestCompleted(_) => {
+                matches!(self.phase, Phase::Claimed | Phase::Prefilled | Phase::Decoding)
+            }
+        };
+        if !fits {
+            return Err(Illegal::Phase { event: name, phase: self.phase.clone() });
+        }
+        let joins = match &event.body {
+            Body::KvReady(ready) => Some((ready.handle.tokens.start, self.kv.last().map_or(0, |kv| kv.tokens.end()))),
+            Body::PrefillCompleted(prefill) => Some((prefill.first_index, self.tokens.len() as u32)),
+            Body::TokensGenerated(generated) => Some((generated.first_index, self.tokens.len() as u32)),
+            _ => None,
+        };
+        match joins {
+            Some((found, expected)) if found != expected => Err(Illegal::Gap { event: name, found, expected }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The state after all of the events.
+    pub fn fold<'a>(events: impl IntoIterator<Item = &'a Event>) -> Result<Option<Lifecycle>, Illegal> {
+        let mut events = events.into_iter();
+        let Some(first) = events.next() else { return Ok(None) };
+        let mut state = Lifecycle::begin(first)?;
+        events.try_for_each(|event| state.apply(event))?;
+        Ok(Some(state))
+    }
+
+    /// Tokens counted so far.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.accepted.prompt.len() as u32,
+            completion_tokens: self.tokens.len() as u32,
+            cached_tokens: 0,
+        }
+    }
+
+    /// When the request must have ended, in microseconds since the Unix epoch.
+    pub fn deadline_us(&self) -> u64 {
+        self.accepted_us.saturating_add(self.accepted.timeout_ms.saturating_mul(1000))
+    }
+}

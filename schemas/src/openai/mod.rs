@@ -1,0 +1,16 @@
+//! The part of OpenAI's HTTP API that Forebay speaks, as types for serde and nothing else: the gateway checks
+//! requests against a model, clients in this workspace read answers with the same types.
+//!
+//! <https://platform.openai.com/docs/api-reference/chat>
+
+mod answer;
+mod error;
+mod models;
+mod request;
+
+pub use answer::{
+    AssistantMessage, ChatChunk, ChatCompletion, Choice, ChunkChoice, Delta, PromptTokensDetails, TokenUsage,
+};
+pub use error::{ErrorBody, ErrorEnvelope};
+pub use models::{ModelEntry, ModelList};
+pub use request::{ChatRequest, Content, Message, Part, Speaker, Stop, StreamOptions};

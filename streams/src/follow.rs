@@ -1,0 +1,175 @@
+//! Reading a log as it grows, with nothing missing.
+//!
+//! Live events come over plain NATS and may be lost: to a slow consumer, a reconnect, or a full buffer here.
+//! Every live event names its predecessor, so a hole shows at the next one, and the missing part is read from
+//! the stream. A lost *last* event shows no hole: after a silence the log's last sequence is asked for.
+
+use crate::{
+    StreamError,
+    log::{EventLog, Live, LogRef, Recorded},
+};
+use forebay_schemas::ids::{GatewayId, RequestId};
+use futures::{Stream, StreamExt, stream::BoxStream};
+use std::{
+    collections::{HashMap, VecDeque},
+    pin::Pin,
+    sync::{Arc, Mutex, Weak},
+    task::{Context, Poll},
+    time::Duration,
+};
+use tokio::sync::mpsc;
+
+/// Live events that wait for one follower. What does not fit is dropped, and read from the stream later: a
+/// stuck client costs this much memory and nobody else's time.
+const LIVE_MAX: usize = 64;
+
+/// Silence after which the log is asked whether something was missed; doubles up to [`PROBE_MAX`].
+const PROBE_FIRST: Duration = Duration::from_millis(500);
+
+/// The longest silence without a probe.
+const PROBE_MAX: Duration = Duration::from_secs(5);
+
+/// A log being followed: yields each of its events once, in order.
+pub struct Follow {
+    backend: Arc<dyn EventLog>,
+    log: LogRef,
+    seen: u64,
+    repaired: VecDeque<Recorded>,
+    live: BoxStream<'static, Live>,
+    silence: Duration,
+}
+
+impl Follow {
+    /// Follows a log through a stream of live events that may be incomplete, from after a sequence.
+    pub fn new(backend: Arc<dyn EventLog>, log: LogRef, after: u64, live: BoxStream<'static, Live>) -> Follow {
+        Follow { backend, log, seen: after, repaired: VecDeque::new(), live, silence: PROBE_FIRST }
+    }
+
+    /// Watches one log on its own subscription.
+    pub async fn watch(backend: Arc<dyn EventLog>, log: LogRef, after: u64) -> Result<Follow, StreamError> {
+        let live = backend.watch(&log).await?;
+        Ok(Follow::new(backend, log, after, live))
+    }
+
+    /// The sequence of the last event that was returned.
+    pub fn seen(&self) -> u64 {
+        self.seen
+    }
+
+    /// Takes the next event only if it is at hand.
+    pub fn try_next(&mut self) -> Option<Recorded> {
+        if let Some(recorded) = self.repaired.pop_front() {
+            self.seen = recorded.seq;
+            return Some(recorded);
+        }
+        None
+    }
+
+    /// The next event, however long it takes to happen. Cancel-safe: an event is returned or kept.
+    pub async fn next(&mut self) -> Result<Recorded, StreamError> {
+        loop {
+            if let Some(recorded) = self.try_next() {
+                self.silence = PROBE_FIRST;
+                return Ok(recorded);
+            }
+            match tokio::time::timeout(self.silence, self.live.next()).await {
+                Ok(Some(live)) if live.recorded.seq <= self.seen => {}
+                Ok(Some(live)) if live.previous == self.seen => self.repaired.push_back(live.recorded),
+                Ok(Some(_)) => self.repair().await?,
+                Ok(None) => {
+                    // The subscription is gone; the log is still there, and is read at the pace of the probe.
+                    self.live = futures::stream::pending().boxed();
+                    self.repair().await?;
+                }
+                Err(_) => {
+                    self.silence = (self.silence * 2).min(PROBE_MAX);
+                    if self.backend.last_seq(&self.log).await? > self.seen {
+                        self.repair().await?;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn repair(&mut self) -> Result<(), StreamError> {
+        let missing = self.backend.read(&self.log, self.seen).await?;
+        tracing::debug!(log = %self.log, events = missing.len(), "read what the live tail missed");
+        self.repaired.extend(missing);
+        Ok(())
+    }
+}
+
+type Followers = Arc<Mutex<HashMap<RequestId, mpsc::Sender<Live>>>>;
+
+/// A gateway's one subscription, dealt out to the followers of its requests.
+pub struct Hub {
+    backend: Arc<dyn EventLog>,
+    gateway: GatewayId,
+    followers: Followers,
+    pump: tokio::task::JoinHandle<()>,
+}
+
+impl Hub {
+    /// Subscribes to all logs of a gateway.
+    pub async fn start(backend: Arc<dyn EventLog>, gateway: GatewayId) -> Result<Hub, StreamError> {
+        let live = backend.tail(&gateway).await?;
+        let followers = Followers::default();
+        let pump = tokio::spawn(pump(live, Arc::downgrade(&followers)));
+        Ok(Hub { backend, gateway, followers, pump })
+    }
+
+    /// Follows one request's log from after a sequence. To see a request from its first event, follow before
+    /// creating the log.
+    pub fn follow(&self, request: RequestId, after: u64) -> Follow {
+        let (sender, receiver) = mpsc::channel(LIVE_MAX);
+        self.followers.lock().expect("no panics while held").insert(request, sender);
+        let live = Subscription { receiver, request, followers: Arc::downgrade(&self.followers) };
+        let log = LogRef { gateway: self.gateway.clone(), request };
+        Follow::new(self.backend.clone(), log, after, live.boxed())
+    }
+
+    /// How many requests are followed.
+    pub fn followed(&self) -> usize {
+        self.followers.lock().expect("no panics while held").len()
+    }
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        self.pump.abort();
+    }
+}
+
+async fn pump(mut live: BoxStream<'static, Live>, followers: Weak<Mutex<HashMap<RequestId, mpsc::Sender<Live>>>>) {
+    while let Some(event) = live.next().await {
+        let Some(followers) = followers.upgrade() else { return };
+        let followers = followers.lock().expect("no panics while held");
+        if let Some(follower) = followers.get(&event.log.request) {
+            // Full: the follower finds the hole and reads it from the stream.
+            let _ = follower.try_send(event);
+        }
+    }
+}
+
+/// One follower's end of the hub; leaves the hub when dropped.
+struct Subscription {
+    receiver: mpsc::Receiver<Live>,
+    request: RequestId,
+    followers: Weak<Mutex<HashMap<RequestId, mpsc::Sender<Live>>>>,
+}
+
+impl Stream for Subscription {
+    type Item = Live;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Live>> {
+        self.receiver.poll_recv(context)
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        if let Some(followers) = self.followers.upgrade() {
+            followers.lock().expect("no panics while held").remove(&self.request);
+        }
+    }
+}

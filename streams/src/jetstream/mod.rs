@@ -1,0 +1,100 @@
+//! The backend that is deployed: NATS with JetStream.
+
+mod connect;
+mod log;
+mod registry;
+mod tasks;
+mod topology;
+
+pub use connect::{ConnectError, Options, connect};
+pub use topology::{Limits, consumer_name, queue_stream};
+
+use crate::{StreamError, Streams};
+use async_nats::{Client, HeaderMap, Request, client::RequestErrorKind, jetstream::Context};
+use bytes::Bytes;
+use serde::Deserialize;
+use std::{sync::Arc, time::Duration};
+
+/// Time that one request to the server may take. A server that restarts within it is waited for.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The JetStream implementation of all three faces.
+pub(crate) struct JetStream {
+    client: Client,
+    context: Context,
+    limits: Limits,
+}
+
+impl JetStream {
+    fn streams(self) -> Streams {
+        let shared = Arc::new(self);
+        Streams { log: shared.clone(), tasks: shared.clone(), registry: shared }
+    }
+
+    /// Publishes into a stream and returns the sequence that it was stored at.
+    async fn publish(&self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<u64, PublishError> {
+        let request = Request::new().headers(headers).payload(payload).timeout(Some(REQUEST_TIMEOUT));
+        let reply = self.client.send_request(subject, request).await.map_err(|error| match error.kind() {
+            // Nothing was sent, or no stream listens (the server is starting): certainly not stored.
+            RequestErrorKind::NoResponders | RequestErrorKind::InvalidSubject | RequestErrorKind::MaxPayloadExceeded => {
+                PublishError::NotStored(error.to_string())
+            }
+            _ => PublishError::Unknown(error.to_string()),
+        })?;
+        let ack: PublishAck =
+            serde_json::from_slice(&reply.payload).map_err(|error| PublishError::Unknown(error.to_string()))?;
+        match ack.error {
+            Some(error) => Err(PublishError::Refused { code: error.err_code, description: error.description }),
+            None => Ok(ack.seq),
+        }
+    }
+}
+
+/// The server's answer to a publish.
+#[derive(Deserialize)]
+struct PublishAck {
+    #[serde(default)]
+    seq: u64,
+    error: Option<ApiError>,
+}
+
+/// An error of the JetStream API.
+#[derive(Deserialize)]
+struct ApiError {
+    #[serde(default)]
+    err_code: u32,
+    #[serde(default)]
+    description: String,
+}
+
+/// Why a publish has no sequence.
+enum PublishError {
+    /// The server refused, with its error code.
+    Refused { code: u32, description: String },
+    /// The message was certainly not stored.
+    NotStored(String),
+    /// No answer: it may be stored.
+    Unknown(String),
+}
+
+/// The last sequence of the subject is another than expected (and two codes of clustered servers for the same).
+const WRONG_LAST_SEQUENCE: [u32; 3] = [10071, 10163, 10164];
+
+/// The stream is full: maximum messages, bytes, messages per subject, or storage exceeded.
+const FULL: [u32; 4] = [10077, 10047, 10023, 10122];
+
+/// A header's text.
+fn header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {
+    headers?.get(name).map(|value| value.as_str())
+}
+
+/// A header's number.
+fn header_number(headers: Option<&HeaderMap>, name: &str) -> Option<u64> {
+    header(headers, name)?.parse().ok()
+}
+
+/// An error of a named operation.
+fn failed<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> StreamError {
+    let what = what.into();
+    move |error| StreamError::new(what, error)
+}

@@ -1,0 +1,128 @@
+//! Queues as durable pull consumers on work-queue streams.
+
+use super::{FULL, JetStream, PublishError, failed, topology};
+use crate::{
+    StreamError,
+    tasks::{CancelSignal, Delivery, Depth, EnqueueError, Tasks, Verdict},
+};
+use async_nats::{HeaderMap, Message, header as names};
+use async_trait::async_trait;
+use bytes::Bytes;
+use forebay_schemas::{
+    ids::{ModelKey, WorkerId},
+    task::Role,
+};
+use futures::{StreamExt, stream::BoxStream};
+use std::time::Duration;
+use topology::{consumer_name, queue_stream, queue_subject};
+
+/// How long a publish is tried while the server does not answer. A task has an id: a repeat is harmless.
+const PUBLISH_TRIES: u32 = 3;
+
+/// Added to a pull's wait: the server's own "nothing came" should be heard before giving up on the server.
+const PULL_SLACK: Duration = Duration::from_secs(2);
+
+#[async_trait]
+impl Tasks for JetStream {
+    async fn ensure(&self, model: &ModelKey) -> Result<(), StreamError> {
+        for role in [Role::Decode, Role::Prefill] {
+            topology::ensure_consumer(&self.context, role, model, &self.limits).await?;
+        }
+        Ok(())
+    }
+
+    async fn publish(
+        &self,
+        role: Role,
+        model: &ModelKey,
+        dedup_id: &str,
+        payload: Bytes,
+    ) -> Result<(), EnqueueError> {
+        let mut trouble = String::new();
+        for _ in 0..PUBLISH_TRIES {
+            let mut headers = HeaderMap::new();
+            headers.insert(names::NATS_MESSAGE_ID, dedup_id);
+            // JetStream only: a core publish into a full stream would vanish without a word.
+            match JetStream::publish(self, queue_subject(role, model), headers, payload.clone()).await {
+                Ok(_) => return Ok(()),
+                Err(PublishError::Refused { code, .. }) if FULL.contains(&code) => {
+                    return Err(EnqueueError::Full { role, model: model.clone() });
+                }
+                Err(PublishError::Refused { code, description }) => trouble = format!("{description} ({code})"),
+                Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => trouble = cause,
+            }
+        }
+        Err(StreamError::new(format!("queueing a {} task of model {model}", role.as_str()), trouble).into())
+    }
+
+    async fn pull(&self, role: Role, model: &ModelKey, wait: Duration) -> Result<Option<Delivery>, StreamError> {
+        let consumer = consumer_name(role, model);
+        let what = format!("pulling from {consumer}");
+        // An inbox of its own: dropping this pull takes the server's interest away with it, so that no task is
+        // delivered to a worker that no longer listens.
+        let inbox = self.client.new_inbox();
+        let mut replies = self.client.subscribe(inbox.clone()).await.map_err(failed(&what))?;
+        let query = serde_json::json!({ "batch": 1, "expires": wait.as_nanos() as u64 }).to_string();
+        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{consumer}", queue_stream(role));
+        self.client.publish_with_reply(subject, inbox, query.into()).await.map_err(failed(&what))?;
+        match tokio::time::timeout(wait + PULL_SLACK, replies.next()).await {
+            Ok(Some(reply)) => delivered(reply).map_err(failed(&what)),
+            Ok(None) => Err(StreamError::new(what, "the connection was closed")),
+            Err(_) => Err(StreamError::new(what, "the server does not answer")),
+        }
+    }
+
+    async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
+        let what = || format!("answering {ack_subject}");
+        let word: &'static [u8] = match verdict {
+            Verdict::Ack => b"+ACK",
+            Verdict::Nak => b"-NAK",
+            Verdict::Progress => b"+WPI",
+        };
+        self.client.publish(ack_subject.to_owned(), Bytes::from_static(word)).await.map_err(failed(what()))
+    }
+
+    fn ack_wait(&self) -> Duration {
+        self.limits.ack_wait
+    }
+
+    fn max_deliver(&self) -> u64 {
+        self.limits.max_deliver
+    }
+
+    async fn depth(&self, role: Role, model: &ModelKey) -> Result<Depth, StreamError> {
+        let consumer = consumer_name(role, model);
+        let what = format!("reading the depth of {consumer}");
+        let stream = self.context.get_stream_no_info(queue_stream(role)).await.map_err(failed(&what))?;
+        let info = stream.consumer_info(&consumer).await.map_err(failed(&what))?;
+        Ok(Depth { pending: info.num_pending, ack_pending: info.num_ack_pending as u64 })
+    }
+
+    async fn signal_cancel(&self, worker: &WorkerId, signal: &CancelSignal) -> Result<(), StreamError> {
+        let payload = serde_json::to_vec(signal).expect("plain data always encodes");
+        let what = format!("signalling worker {worker}");
+        self.client.publish(format!("fb.cancel.{worker}"), payload.into()).await.map_err(failed(what))
+    }
+
+    async fn cancel_signals(&self, worker: &WorkerId) -> Result<BoxStream<'static, CancelSignal>, StreamError> {
+        let what = format!("subscribing to signals for {worker}");
+        let signals = self.client.subscribe(format!("fb.cancel.{worker}")).await.map_err(failed(what))?;
+        Ok(signals.filter_map(|message| async move { serde_json::from_slice(&message.payload).ok() }).boxed())
+    }
+}
+
+/// What a pull brought: a task, or word that there is none.
+fn delivered(reply: Message) -> Result<Option<Delivery>, String> {
+    if let Some(status) = reply.status {
+        return match status.as_u16() {
+            404 | 408 => Ok(None),
+            _ => Err(reply.description.map_or(status.to_string(), |text| text.to_string())),
+        };
+    }
+    let ack_subject = reply.reply.ok_or("a task without ack subject")?.to_string();
+    // $JS.ACK.<stream>.<consumer>.<delivered>.… or, with a domain, $JS.ACK.<domain>.<account>.<stream>.…
+    let tokens: Vec<&str> = ack_subject.split('.').collect();
+    let delivery = tokens.get(if tokens.len() >= 11 { 6 } else { 4 }).and_then(|token| token.parse().ok());
+    let delivery = delivery.ok_or_else(|| format!("an ack subject of unknown form: {ack_subject}"))?;
+    Ok(Some(Delivery { payload: reply.payload, ack_subject, delivery }))
+}

@@ -1,0 +1,209 @@
+//! The streams, buckets and consumers that everything runs on: made where missing, and read back, because an
+//! older server ignores settings that it does not know.
+
+use super::failed;
+use crate::StreamError;
+use async_nats::jetstream::{
+    Context,
+    consumer::{AckPolicy, pull},
+    kv, object_store,
+    stream::{Config, DiscardPolicy, Republish, RetentionPolicy, StorageType},
+};
+use forebay_schemas::{ids::ModelKey, task::Role};
+use std::time::Duration;
+
+pub(crate) const LOG: &str = "FB_LOG";
+pub(crate) const MODELS: &str = "fb_models";
+pub(crate) const WORKERS: &str = "fb_workers";
+pub(crate) const BLOBS: &str = "fb_blobs";
+
+/// Bounds and times of what is made. What exists keeps its own.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Copies of each stream on a cluster: 1, 3 or 5.
+    pub replicas: usize,
+    /// How long logs are kept.
+    pub log_age: Duration,
+    /// Bytes that all logs together may take; the oldest go first.
+    pub log_bytes: u64,
+    /// Tasks that all queues of one role hold; more are refused.
+    pub queue_max: u64,
+    /// Time without a verdict after which a task is delivered again: the backstop of failover.
+    pub ack_wait: Duration,
+    /// Deliveries of one task.
+    pub max_deliver: u64,
+    /// How long a worker's lease lasts after its last renewal.
+    pub lease_time: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            replicas: 1,
+            log_age: Duration::from_secs(24 * 3600),
+            log_bytes: 16 << 30,
+            queue_max: 65_536,
+            ack_wait: Duration::from_secs(30),
+            max_deliver: 5,
+            lease_time: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The work queue of a role.
+pub fn queue_stream(role: Role) -> &'static str {
+    match role {
+        Role::Decode => "FB_DECODE",
+        Role::Prefill => "FB_PREFILL",
+    }
+}
+
+/// The durable consumer that a role's workers of one model pull from, and that KEDA watches.
+pub fn consumer_name(role: Role, model: &ModelKey) -> String {
+    format!("{}-{model}", role.as_str())
+}
+
+/// The subject that a role's tasks of one model are published to.
+pub(crate) fn queue_subject(role: Role, model: &ModelKey) -> String {
+    match role {
+        Role::Decode => format!("fb.q.decode.{model}.any"),
+        Role::Prefill => format!("fb.q.prefill.{model}"),
+    }
+}
+
+/// Makes streams and buckets that are missing, and checks those that are there.
+pub(crate) async fn ensure(context: &Context, limits: &Limits) -> Result<(), StreamError> {
+    ensure_stream(context, log_stream(limits)).await?;
+    for role in [Role::Decode, Role::Prefill] {
+        ensure_stream(context, work_queue(role, limits)).await?;
+    }
+    let bucket = |bucket: &str, max_age| kv::Config {
+        bucket: bucket.to_owned(),
+        history: 1,
+        max_age,
+        num_replicas: limits.replicas,
+        storage: StorageType::File,
+        ..Default::default()
+    };
+    ensure_bucket(context, bucket(MODELS, Duration::ZERO)).await?;
+    ensure_bucket(context, bucket(WORKERS, limits.lease_time)).await?;
+    if context.get_object_store(BLOBS).await.is_err() {
+        let config =
+            object_store::Config { bucket: BLOBS.to_owned(), num_replicas: limits.replicas, ..Default::default() };
+        context.create_object_store(config).await.map_err(failed(format!("making object store {BLOBS}")))?;
+    }
+    Ok(())
+}
+
+fn log_stream(limits: &Limits) -> Config {
+    Config {
+        name: LOG.to_owned(),
+        description: Some("events of every request, one subject a request".to_owned()),
+        subjects: vec!["fb.log.*.*".to_owned()],
+        retention: RetentionPolicy::Limits,
+        storage: StorageType::File,
+        num_replicas: limits.replicas,
+        max_age: limits.log_age,
+        max_bytes: limits.log_bytes as i64,
+        allow_direct: true,
+        // Only what was stored is republished: a follower never sees an event that the fence refused.
+        republish: Some(Republish {
+            source: "fb.log.>".to_owned(),
+            destination: "fb.live.>".to_owned(),
+            headers_only: false,
+        }),
+        // The fence makes resends harmless; a window would only cost memory.
+        duplicate_window: Duration::from_millis(100),
+        ..Default::default()
+    }
+}
+
+fn work_queue(role: Role, limits: &Limits) -> Config {
+    Config {
+        name: queue_stream(role).to_owned(),
+        description: Some(format!("{} tasks that wait for a worker", role.as_str())),
+        subjects: match role {
+            Role::Decode => vec!["fb.q.decode.*.any".to_owned(), "fb.q.decode.*.w.*".to_owned()],
+            Role::Prefill => vec!["fb.q.prefill.*".to_owned()],
+        },
+        retention: RetentionPolicy::WorkQueue,
+        storage: StorageType::File,
+        num_replicas: limits.replicas,
+        max_messages: limits.queue_max as i64,
+        discard: DiscardPolicy::New,
+        duplicate_window: Duration::from_secs(120),
+        ..Default::default()
+    }
+}
+
+async fn ensure_stream(context: &Context, wanted: Config) -> Result<(), StreamError> {
+    let name = wanted.name.clone();
+    let stream = context
+        .get_or_create_stream(wanted.clone())
+        .await
+        .map_err(failed(format!("making stream {name}")))?;
+    let found = &stream.cached_info().config;
+    let mismatch = [
+        ("subjects", found.subjects != wanted.subjects),
+        ("retention", found.retention != wanted.retention),
+        ("discard", found.discard != wanted.discard),
+        ("allow_direct", wanted.allow_direct && !found.allow_direct),
+        ("republish", found.republish.is_some() != wanted.republish.is_some()),
+    ];
+    match mismatch.iter().find(|(_, differs)| *differs) {
+        None => Ok(()),
+        Some((field, _)) => Err(StreamError::new(
+            format!("checking stream {name}"),
+            format!(
+                "its {field} is not what Forebay needs: another program's stream, or a server that ignores the \
+                 setting; remove the stream (`nats stream rm {name}`) or use another account"
+            ),
+        )),
+    }
+}
+
+async fn ensure_bucket(context: &Context, config: kv::Config) -> Result<(), StreamError> {
+    let bucket = config.bucket.clone();
+    if context.get_key_value(&bucket).await.is_ok() {
+        return Ok(());
+    }
+    context.create_key_value(config).await.map(drop).map_err(failed(format!("making bucket {bucket}")))
+}
+
+/// Makes the consumer of one queue if it is missing, and checks it.
+pub(crate) async fn ensure_consumer(
+    context: &Context,
+    role: Role,
+    model: &ModelKey,
+    limits: &Limits,
+) -> Result<(), StreamError> {
+    let name = consumer_name(role, model);
+    let stream = context
+        .get_stream_no_info(queue_stream(role))
+        .await
+        .map_err(failed(format!("opening stream {}", queue_stream(role))))?;
+    let wanted = pull::Config {
+        durable_name: Some(name.clone()),
+        description: Some("pulled by workers, watched by autoscalers".to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: limits.ack_wait,
+        max_deliver: limits.max_deliver as i64,
+        filter_subject: queue_subject(role, model),
+        max_ack_pending: 16_384,
+        max_waiting: 8_192,
+        num_replicas: limits.replicas,
+        ..Default::default()
+    };
+    let consumer = stream
+        .get_or_create_consumer(&name, wanted.clone())
+        .await
+        .map_err(failed(format!("making consumer {name}")))?;
+    let found = &consumer.cached_info().config;
+    if found.filter_subject != wanted.filter_subject || found.ack_policy != wanted.ack_policy {
+        return Err(StreamError::new(
+            format!("checking consumer {name}"),
+            format!("it exists with another filter or ack policy; remove it (`nats consumer rm {} {name}`)", queue_stream(role)),
+        ));
+    }
+    Ok(())
+}

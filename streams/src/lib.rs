@@ -1,0 +1,47 @@
+//! The log of every request and the queues of tasks, behind traits with two implementations that pass one
+//! conformance suite: [`jetstream`] (what is deployed) and [`memory`] (simulation and tests).
+//!
+//! A request's way through here: a gateway creates its log ([`writer::LogWriter`]), follows it
+//! ([`follow::Follow`]) and queues a task ([`tasks::Tasks`]); workers pull the task, claim by appending with
+//! the fence, and append what happens; [`registry::Registry`] says which models and workers there are.
+
+pub mod cancel;
+pub mod follow;
+pub mod jetstream;
+pub mod log;
+pub mod memory;
+pub mod registry;
+pub mod server;
+pub mod tasks;
+pub mod writer;
+
+use std::sync::Arc;
+
+/// The three faces of one backend.
+#[derive(Clone)]
+pub struct Streams {
+    /// Logs of requests.
+    pub log: Arc<dyn log::EventLog>,
+    /// Queues of tasks.
+    pub tasks: Arc<dyn tasks::Tasks>,
+    /// Models and workers.
+    pub registry: Arc<dyn registry::Registry>,
+}
+
+/// Why an operation on the backend failed. Retrying may help: the backend is unreachable, or answered with
+/// something unexpected; what it did before is unchanged.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {cause}")]
+pub struct StreamError {
+    /// What was tried.
+    pub what: String,
+    /// What came of it.
+    pub cause: String,
+}
+
+impl StreamError {
+    /// From an operation's name and what it answered.
+    pub fn new(what: impl Into<String>, cause: impl std::fmt::Display) -> StreamError {
+        StreamError { what: what.into(), cause: cause.to_string() }
+    }
+}

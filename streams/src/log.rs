@@ -1,0 +1,90 @@
+//! The log: one ordered sequence of events for each request, extended by compare-and-append.
+
+use crate::StreamError;
+use async_trait::async_trait;
+use forebay_schemas::{
+    event::Event,
+    ids::{GatewayId, RequestId},
+};
+use futures::stream::BoxStream;
+use std::fmt;
+
+/// Which log: the request, and the gateway that answers it.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct LogRef {
+    /// The gateway that accepted the request.
+    pub gateway: GatewayId,
+    /// The request.
+    pub request: RequestId,
+}
+
+impl fmt::Display for LogRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.gateway, self.request)
+    }
+}
+
+/// An event that is in the log.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recorded {
+    /// Its sequence in the stream: growing along a log, with holes where other logs have events.
+    pub seq: u64,
+    /// The event.
+    pub event: Event,
+}
+
+/// A recorded event as it comes live.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Live {
+    /// Which log it extends.
+    pub log: LogRef,
+    /// The sequence of the event before it in the same log, 0 if it is the first. If the follower has not
+    /// seen that one, it missed something.
+    pub previous: u64,
+    /// The event.
+    pub recorded: Recorded,
+}
+
+/// Why an event was not appended.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// The log goes on after the sequence that the author knew: read what is new, and decide again.
+    #[error("the log of {log} has events after sequence {after}")]
+    Conflict {
+        /// Which log.
+        log: LogRef,
+        /// The last sequence known to the author.
+        after: u64,
+    },
+    /// The stream is at its limit: nothing is appended until something is removed.
+    #[error("the log stream is full: {0}")]
+    Full(String),
+    /// The backend did not answer within the patience of the connection; the event is not in the log, or it
+    /// is unknown whether it is.
+    #[error(transparent)]
+    Unavailable(#[from] StreamError),
+}
+
+/// Logs of requests.
+#[async_trait]
+pub trait EventLog: Send + Sync + 'static {
+    /// Appends the event if the log's last sequence is `after` (0: the log is empty), and returns the event's
+    /// sequence. At most one append a log may be outstanding.
+    async fn append(&self, log: &LogRef, after: u64, event: &Event) -> Result<u64, AppendError>;
+
+    /// All events of a log after a sequence, in order.
+    async fn read(&self, log: &LogRef, after: u64) -> Result<Vec<Recorded>, StreamError>;
+
+    /// The sequence of a log's last event, 0 if it has none.
+    async fn last_seq(&self, log: &LogRef) -> Result<u64, StreamError>;
+
+    /// Which log a request has, whichever gateway accepted it.
+    async fn find(&self, request: RequestId) -> Result<Option<LogRef>, StreamError>;
+
+    /// Events of all logs of a gateway, live, from now on. Accepted events only; some may be missing, which
+    /// shows in [`Live::previous`] or not at all (the last ones): see [`crate::follow`].
+    async fn tail(&self, gateway: &GatewayId) -> Result<BoxStream<'static, Live>, StreamError>;
+
+    /// Events of one log, live, from now on; as incomplete as [`EventLog::tail`].
+    async fn watch(&self, log: &LogRef) -> Result<BoxStream<'static, Live>, StreamError>;
+}

@@ -1,0 +1,159 @@
+//! Extending a log as its author: fenced, one append at a time, every conflict read and understood.
+
+use crate::{
+    StreamError,
+    log::{AppendError, EventLog, LogRef, Recorded},
+};
+use forebay_schemas::{
+    event::{Body, Event, RequestAccepted},
+    lifecycle::{Illegal, Lifecycle},
+};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// How often an append that keeps meeting other authors' events is decided again.
+const CONFLICTS_MAX: u32 = 32;
+
+/// Pause after a conflict with nothing to read: a replica that answers reads lags behind the leader.
+const STALE_READ_PAUSE: Duration = Duration::from_millis(5);
+
+/// One author's hold on a log: what it knows of it, and where it would append.
+pub struct LogWriter {
+    backend: Arc<dyn EventLog>,
+    log: LogRef,
+    state: Lifecycle,
+    seq: u64,
+}
+
+/// Why an author can't go on.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// Somebody else's event made this one impossible: a newer claim, or the end of the request. The author
+    /// must drop the request.
+    #[error("{log}: overtaken: {illegal}")]
+    Overtaken {
+        /// Which log.
+        log: LogRef,
+        /// What no longer fits.
+        illegal: Illegal,
+    },
+    /// The log could not be extended.
+    #[error(transparent)]
+    Append(#[from] AppendError),
+    /// The log could not be read.
+    #[error(transparent)]
+    Read(#[from] StreamError),
+    /// There is no such log, or it holds events that do not fit together.
+    #[error("{log}: {problem}")]
+    Corrupt {
+        /// Which log.
+        log: LogRef,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// Now, in microseconds since the Unix epoch.
+pub fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+impl LogWriter {
+    /// Begins a log. The request counts as accepted once this returns.
+    pub async fn create(
+        backend: Arc<dyn EventLog>,
+        log: LogRef,
+        accepted: RequestAccepted,
+    ) -> Result<LogWriter, AppendError> {
+        let event =
+            Event { request: log.request, attempt: 0, time_us: now_us(), body: Body::RequestAccepted(accepted) };
+        let seq = match backend.append(&log, 0, &event).await {
+            // The only author of a new log can only conflict with its own append, whose answer was lost.
+            Err(AppendError::Conflict { .. }) => backend.read(&log, 0).await?.first().map_or(0, |first| first.seq),
+            other => other?,
+        };
+        let state = Lifecycle::begin(&event).expect("the event is RequestAccepted");
+        Ok(LogWriter { backend, log, state, seq })
+    }
+
+    /// Opens a log to continue it.
+    pub async fn open(backend: Arc<dyn EventLog>, log: LogRef) -> Result<LogWriter, WriteError> {
+        let recorded = backend.read(&log, 0).await?;
+        let corrupt = |problem: String| WriteError::Corrupt { log: log.clone(), problem };
+        let state = Lifecycle::fold(recorded.iter().map(|r| &r.event))
+            .map_err(|illegal| corrupt(illegal.to_string()))?
+            .ok_or_else(|| corrupt("no events: expired, or never accepted".into()))?;
+        let seq = recorded.last().expect("a state has events").seq;
+        Ok(LogWriter { backend, log, state, seq })
+    }
+
+    /// Which log.
+    pub fn log(&self) -> &LogRef {
+        &self.log
+    }
+
+    /// The request as far as this author knows.
+    pub fn state(&self) -> &Lifecycle {
+        &self.state
+    }
+
+    /// The sequence of the last event known.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// Takes note of an event that somebody else appended and this author followed.
+    pub fn observe(&mut self, seq: u64, event: &Event) -> Result<(), WriteError> {
+        if seq > self.seq {
+            self.state.apply(event).map_err(|illegal| self.corrupt(illegal))?;
+            self.seq = seq;
+        }
+        Ok(())
+    }
+
+    /// Appends an event of the current attempt, or, for `Claimed`, of the next. On a conflict it reads what is
+    /// new, and tries again if the event still fits.
+    pub async fn append(&mut self, body: Body) -> Result<(), WriteError> {
+        let attempt = self.state.attempt + u32::from(matches!(body, Body::Claimed(_)));
+        let mut event = Event { request: self.log.request, attempt, time_us: now_us(), body };
+        for _ in 0..CONFLICTS_MAX {
+            self.state
+                .check(&event)
+                .map_err(|illegal| WriteError::Overtaken { log: self.log.clone(), illegal })?;
+            match self.backend.append(&self.log, self.seq, &event).await {
+                Ok(seq) => return self.observe(seq, &event),
+                Err(AppendError::Conflict { .. }) => {
+                    let news = self.catch_up().await?;
+                    // An append whose answer was lost conflicts with itself when it is repeated.
+                    if news.iter().any(|recorded| recorded.event == event) {
+                        return Ok(());
+                    }
+                    if news.is_empty() {
+                        tokio::time::sleep(STALE_READ_PAUSE).await;
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+            // An ending belongs to whatever attempt is current; work belongs to its own.
+            if matches!(event.body, Body::RequestCancelled(_) | Body::RequestFailed(_)) {
+                event.attempt = self.state.attempt;
+            }
+        }
+        Err(AppendError::Conflict { log: self.log.clone(), after: self.seq }.into())
+    }
+
+    /// Reads what others appended.
+    pub async fn catch_up(&mut self) -> Result<Vec<Recorded>, WriteError> {
+        let news = self.backend.read(&self.log, self.seq).await?;
+        for recorded in &news {
+            self.observe(recorded.seq, &recorded.event)?;
+        }
+        Ok(news)
+    }
+
+    fn corrupt(&self, illegal: Illegal) -> WriteError {
+        WriteError::Corrupt { log: self.log.clone(), problem: illegal.to_string() }
+    }
+}

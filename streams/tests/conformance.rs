@@ -1,0 +1,446 @@
+//! What every backend must do, run on each of them: in memory, and on a real nats-server.
+
+use forebay_schemas::{
+    card::{ModelCard, SamplingDefaults, WorkerLease},
+    event::{Body, Claimed, Event, RequestAccepted, RequestCancelled, TokensGenerated},
+    ids::{GatewayId, ModelKey, RequestId, WorkerId},
+    kv::LayoutHash,
+    sampling::Sampling,
+    task::{DecodeTask, Role, Task},
+};
+use forebay_streams::{
+    Streams,
+    cancel::cancel,
+    follow::{Follow, Hub},
+    jetstream::{self, Limits, Options},
+    log::{AppendError, LogRef},
+    memory,
+    server::Server,
+    tasks::{CancelSignal, Depth, EnqueueError, Verdict, enqueue},
+    writer::{LogWriter, WriteError},
+};
+use futures::StreamExt;
+use std::{future::Future, time::Duration};
+
+const ACK_WAIT: Duration = Duration::from_secs(1);
+const LEASE: Duration = Duration::from_secs(1);
+const QUEUE_MAX: usize = 8;
+
+async fn on_memory<F: Future<Output = ()>>(check: impl FnOnce(Streams) -> F) {
+    let limits =
+        memory::Limits { queue_max: QUEUE_MAX, ack_wait: ACK_WAIT, max_deliver: 3, lease_time: LEASE };
+    check(memory::streams_with(limits)).await;
+}
+
+async fn on_jetstream<F: Future<Output = ()>>(check: impl FnOnce(Streams) -> F) {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(None, folder.path(), 0).unwrap();
+    check(connect(&server).await).await;
+}
+
+async fn connect(server: &Server) -> Streams {
+    let limits = Limits {
+        queue_max: QUEUE_MAX as u64,
+        ack_wait: ACK_WAIT,
+        max_deliver: 3,
+        lease_time: LEASE,
+        log_bytes: 64 << 20,
+        ..Limits::default()
+    };
+    let options = Options {
+        url: server.url(),
+        name: "conformance".into(),
+        inbox_prefix: "_INBOX.test".into(),
+        credentials: None,
+        limits,
+    };
+    jetstream::connect(options).await.unwrap()
+}
+
+macro_rules! conformance {
+    ($($name:ident),+ $(,)?) => {
+        mod in_memory {
+            $(#[tokio::test] async fn $name() { super::on_memory(super::$name).await; })+
+        }
+        mod nats_server {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+              async fn $name() { super::on_jetstream(super::$name).await; })+
+        }
+    };
+}
+
+conformance! {
+    a_log_reads_back_in_order,
+    the_fence_lets_one_author_through,
+    an_overtaken_author_is_told,
+    a_cancel_ends_the_log_once,
+    a_follower_misses_nothing,
+    a_follower_of_a_stuck_client_catches_up,
+    a_watch_sees_only_its_log,
+    tasks_are_delivered_once_while_worked_on,
+    an_unanswered_task_comes_again,
+    a_returned_task_comes_at_once,
+    a_task_is_not_delivered_for_ever,
+    a_task_published_twice_is_queued_once,
+    a_full_queue_refuses,
+    models_outlive_and_leases_lapse,
+    blobs_read_back,
+    signals_reach_their_worker,
+}
+
+fn gateway() -> GatewayId {
+    GatewayId::new("gw-test").unwrap()
+}
+
+fn log() -> LogRef {
+    LogRef { gateway: gateway(), request: RequestId::new() }
+}
+
+fn worker(name: &str) -> WorkerId {
+    WorkerId::new(name).unwrap()
+}
+
+fn accepted() -> RequestAccepted {
+    RequestAccepted {
+        model: "demo".into(),
+        endpoint: "chat.completions".into(),
+        prompt: vec![1, 2, 3],
+        sampling: Sampling::GREEDY,
+        max_tokens: 1000,
+        stop: vec![],
+        ignore_eos: false,
+        timeout_ms: 60_000,
+    }
+}
+
+fn claim(name: &str) -> Body {
+    Body::Claimed(Claimed { worker: worker(name), ack_subject: "ack".into(), delivery: 1 })
+}
+
+fn token(index: u32) -> Body {
+    Body::TokensGenerated(TokensGenerated { first_index: index, tokens: vec![index], text: format!("{index} ") })
+}
+
+async fn create(streams: &Streams, log: &LogRef) -> LogWriter {
+    LogWriter::create(streams.log.clone(), log.clone(), accepted()).await.unwrap()
+}
+
+fn names(events: &[Event]) -> Vec<&'static str> {
+    events.iter().map(|event| event.body.name()).collect()
+}
+
+async fn a_log_reads_back_in_order(streams: Streams) {
+    let (log, other) = (log(), log());
+    let mut writer = create(&streams, &log).await;
+    create(&streams, &other).await;
+    writer.append(claim("w-1")).await.unwrap();
+    for index in 0..700 {
+        writer.append(token(index)).await.unwrap();
+    }
+    let all = streams.log.read(&log, 0).await.unwrap();
+    assert_eq!(all.len(), 702);
+    assert!(all.windows(2).all(|pair| pair[0].seq < pair[1].seq));
+    assert_eq!(all[701].event.body, token(699));
+    let part = streams.log.read(&log, all[700].seq).await.unwrap();
+    assert_eq!(part, all[701..]);
+    assert_eq!(streams.log.last_seq(&log).await.unwrap(), all[701].seq);
+    assert_eq!(streams.log.find(log.request).await.unwrap(), Some(log.clone()));
+    assert_eq!(streams.log.find(RequestId::new()).await.unwrap(), None);
+    let again = LogWriter::open(streams.log.clone(), log).await.unwrap();
+    assert_eq!(again.state(), writer.state());
+}
+
+async fn the_fence_lets_one_author_through(streams: Streams) {
+    let log = log();
+    let writer = create(&streams, &log).await;
+    let event = |name: &str| Event { request: log.request, attempt: 1, time_us: 1, body: claim(name) };
+    let (a, b) = (event("w-a"), event("w-b"));
+    let (a, b) = tokio::join!(
+        streams.log.append(&log, writer.seq(), &a),
+        streams.log.append(&log, writer.seq(), &b)
+    );
+    let refused = match (a, b) {
+        (Ok(_), Err(error)) | (Err(error), Ok(_)) => error,
+        other => panic!("exactly one append must succeed: {other:?}"),
+    };
+    assert!(matches!(refused, AppendError::Conflict { .. }), "{refused}");
+    assert_eq!(streams.log.read(&log, 0).await.unwrap().len(), 2);
+}
+
+async fn an_overtaken_author_is_told(streams: Streams) {
+    let log = log();
+    create(&streams, &log).await;
+    let mut old = LogWriter::open(streams.log.clone(), log.clone()).await.unwrap();
+    old.append(claim("w-old")).await.unwrap();
+    old.append(token(0)).await.unwrap();
+    let mut new = LogWriter::open(streams.log.clone(), log.clone()).await.unwrap();
+    new.append(claim("w-new")).await.unwrap();
+    let refused = old.append(token(1)).await.unwrap_err();
+    assert!(matches!(refused, WriteError::Overtaken { .. }), "{refused}");
+    new.append(token(1)).await.unwrap();
+    assert_eq!(new.state().tokens, [0, 1]);
+    assert_eq!(new.state().attempt, 2);
+}
+
+async fn a_cancel_ends_the_log_once(streams: Streams) {
+    let log = log();
+    let mut writer = create(&streams, &log).await;
+    writer.append(claim("w-1")).await.unwrap();
+    assert!(cancel(&streams, &log, "test").await.unwrap());
+    assert!(!cancel(&streams, &log, "again").await.unwrap());
+    assert!(matches!(writer.append(token(0)).await, Err(WriteError::Overtaken { .. })));
+    let events: Vec<Event> = streams.log.read(&log, 0).await.unwrap().into_iter().map(|r| r.event).collect();
+    assert_eq!(names(&events), ["RequestAccepted", "Claimed", "RequestCancelled"]);
+}
+
+async fn follow_to_end(mut follow: Follow) -> Vec<Event> {
+    let mut events = Vec::new();
+    loop {
+        let recorded = tokio::time::timeout(Duration::from_secs(20), follow.next()).await.unwrap().unwrap();
+        let end = recorded.event.body.is_terminal();
+        events.push(recorded.event);
+        if end {
+            return events;
+        }
+    }
+}
+
+async fn write_a_life(streams: &Streams, log: &LogRef, tokens: u32) {
+    let mut writer = create(streams, log).await;
+    writer.append(claim("w-1")).await.unwrap();
+    for index in 0..tokens {
+        writer.append(token(index)).await.unwrap();
+    }
+    writer.append(Body::RequestCancelled(RequestCancelled { cause: "end".into() })).await.unwrap();
+}
+
+async fn a_follower_misses_nothing(streams: Streams) {
+    let hub = Hub::start(streams.log.clone(), gateway()).await.unwrap();
+    let logs: Vec<LogRef> = (0..8).map(|_| log()).collect();
+    let followers: Vec<_> = logs.iter().map(|log| tokio::spawn(follow_to_end(hub.follow(log.request, 0)))).collect();
+    futures::future::join_all(logs.iter().map(|log| write_a_life(&streams, log, 100))).await;
+    for (log, follower) in logs.iter().zip(followers) {
+        let followed = follower.await.unwrap();
+        let stored: Vec<Event> = streams.log.read(log, 0).await.unwrap().into_iter().map(|r| r.event).collect();
+        assert_eq!(followed, stored);
+    }
+    assert_eq!(hub.followed(), 0);
+}
+
+async fn a_follower_of_a_stuck_client_catches_up(streams: Streams) {
+    let hub = Hub::start(streams.log.clone(), gateway()).await.unwrap();
+    let log = log();
+    let stuck = hub.follow(log.request, 0);
+    // Far more events than wait for one follower, none of which is taken meanwhile.
+    write_a_life(&streams, &log, 500).await;
+    let followed = follow_to_end(stuck).await;
+    assert_eq!(followed.len(), 503);
+}
+
+async fn a_watch_sees_only_its_log(streams: Streams) {
+    let (log, other) = (log(), log());
+    let writer = create(&streams, &log).await;
+    let follow = Follow::watch(streams.log.clone(), log.clone(), writer.seq()).await.unwrap();
+    write_a_life(&streams, &other, 10).await;
+    cancel(&streams, &log, "test").await.unwrap();
+    assert_eq!(names(&follow_to_end(follow).await), ["RequestCancelled"]);
+}
+
+fn model() -> ModelKey {
+    ModelKey::of("test/model")
+}
+
+fn task() -> DecodeTask {
+    DecodeTask { request: RequestId::new(), gateway: gateway(), model: model() }
+}
+
+async fn pull(streams: &Streams, wait_ms: u64) -> Option<forebay_streams::tasks::Delivery> {
+    streams.tasks.pull(Role::Decode, &model(), Duration::from_millis(wait_ms)).await.unwrap()
+}
+
+async fn tasks_are_delivered_once_while_worked_on(streams: Streams) {
+    streams.tasks.ensure(&model()).await.unwrap();
+    assert_eq!(pull(&streams, 50).await, None);
+    let waiting = tokio::spawn({
+        let streams = streams.clone();
+        async move { pull(&streams, 5000).await }
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let task = task();
+    enqueue(&*streams.tasks, &task).await.unwrap();
+    let delivery = waiting.await.unwrap().unwrap();
+    assert_eq!(DecodeTask::decode(&delivery.payload).unwrap(), task);
+    assert_eq!(delivery.delivery, 1);
+    assert_eq!(streams.tasks.depth(Role::Decode, &model()).await.unwrap(), Depth { pending: 0, ack_pending: 1 });
+    for _ in 0..4 {
+        tokio::time::sleep(ACK_WAIT / 2).await;
+        streams.tasks.answer(&delivery.ack_subject, Verdict::Progress).await.unwrap();
+    }
+    assert_eq!(pull(&streams, 50).await, None, "a task in progress is not delivered again");
+    streams.tasks.answer(&delivery.ack_subject, Verdict::Ack).await.unwrap();
+    assert_eq!(pull(&streams, 1500).await, None);
+    assert_eq!(streams.tasks.depth(Role::Decode, &model()).await.unwrap().lag(), 0);
+}
+
+async fn an_unanswered_task_comes_again(streams: Streams) {
+    streams.tasks.ensure(&model()).await.unwrap();
+    enqueue(&*streams.tasks, &task()).await.unwrap();
+    let first = pull(&streams, 1000).await.unwrap();
+    let second = pull(&streams, 4000).await.unwrap();
+    assert_eq!((first.delivery, second.delivery), (1, 2));
+    assert_eq!(first.payload, second.payload);
+}
+
+async fn a_returned_task_comes_at_once(streams: Streams) {
+    streams.tasks.ensure(&model()).await.unwrap();
+    enqueue(&*streams.tasks, &task()).await.unwrap();
+    let first = pull(&streams, 1000).await.unwrap();
+    streams.tasks.answer(&first.ack_subject, Verdict::Nak).await.unwrap();
+    let second = pull(&streams, ACK_WAIT.as_millis() as u64 / 2).await.expect("before the ack wait is over");
+    assert_eq!(second.delivery, 2);
+}
+
+async fn a_task_is_not_delivered_for_ever(streams: Streams) {
+    streams.tasks.ensure(&model()).await.unwrap();
+    enqueue(&*streams.tasks, &task()).await.unwrap();
+    for _ in 0..3 {
+        let delivery = pull(&streams, 1000).await.unwrap();
+        streams.tasks.answer(&delivery.ack_subject, Verdict::Nak).await.unwrap();
+    }
+    assert_eq!(pull(&streams, 300).await, None);
+}
+
+async fn a_task_published_twice_is_queued_once(streams: Streams) {
+    streams.tasks.ensure(&model()).await.unwrap();
+    let task = task();
+    enqueue(&*streams.tasks, &task).await.unwrap();
+    enqueue(&*streams.tasks, &task).await.unwrap();
+    assert_eq!(streams.tasks.depth(Role::Decode, &model()).await.unwrap(), Depth { pending: 1, ack_pending: 0 });
+}
+
+async fn a_full_queue_refuses(streams: Streams) {
+    streams.tasks.ensure(&model()).await.unwrap();
+    for _ in 0..QUEUE_MAX {
+        enqueue(&*streams.tasks, &task()).await.unwrap();
+    }
+    let refused = enqueue(&*streams.tasks, &task()).await.unwrap_err();
+    assert!(matches!(refused, EnqueueError::Full { .. }), "{refused}");
+    let delivery = pull(&streams, 1000).await.unwrap();
+    streams.tasks.answer(&delivery.ack_subject, Verdict::Ack).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    enqueue(&*streams.tasks, &task()).await.unwrap();
+}
+
+async fn models_outlive_and_leases_lapse(streams: Streams) {
+    let card = ModelCard {
+        name: "test/model".into(),
+        key: model(),
+        created_s: 1,
+        vocab_size: 100,
+        context_tokens: 64,
+        eos_token_ids: vec![2],
+        tokenizer: streams.registry.put_blob("tokenizer".into()).await.unwrap(),
+        chat_template: None,
+        special_tokens: vec![],
+        defaults: SamplingDefaults { temperature: 1.0, top_p: 1.0, top_k: 0 },
+        layout_hash: LayoutHash(7),
+        weights: "fp32".into(),
+    };
+    let lease = WorkerLease {
+        worker: worker("w-1"),
+        incarnation: 1,
+        role: Role::Decode,
+        model: model(),
+        layout_hash: LayoutHash(7),
+        slots: 4,
+        free_slots: 4,
+        host: "here".into(),
+        kv_socket: String::new(),
+    };
+    streams.registry.publish_model(&card).await.unwrap();
+    streams.registry.renew(&lease).await.unwrap();
+    let mut models = streams.registry.models().await.unwrap();
+    let mut workers = streams.registry.workers().await.unwrap();
+    assert_eq!(*models.wait_for(|all| !all.is_empty()).await.unwrap()["test/model"], card);
+    assert_eq!(*workers.wait_for(|all| !all.is_empty()).await.unwrap()[&worker("w-1")], lease);
+    let lapsed = tokio::time::timeout(LEASE * 3, workers.wait_for(|all| all.is_empty())).await.is_ok();
+    assert!(lapsed, "a lease that is not renewed lapses");
+    streams.registry.renew(&lease).await.unwrap();
+    workers.wait_for(|all| !all.is_empty()).await.unwrap();
+    streams.registry.resign(&worker("w-1")).await.unwrap();
+    let resigned = tokio::time::timeout(LEASE / 2, workers.wait_for(|all| all.is_empty())).await.is_ok();
+    assert!(resigned, "a worker that resigns is gone at once");
+    assert_eq!(models.borrow().len(), 1, "the model stays");
+}
+
+async fn blobs_read_back(streams: Streams) {
+    let bytes: Vec<u8> = (0..1_000_000_u32).map(|i| (i % 251) as u8).collect();
+    let blob = streams.registry.put_blob(bytes.clone().into()).await.unwrap();
+    assert_eq!(streams.registry.put_blob(bytes.clone().into()).await.unwrap(), blob);
+    assert_eq!(streams.registry.get_blob(&blob).await.unwrap(), bytes);
+    let mut other = blob;
+    other.name = "0".repeat(64);
+    assert!(streams.registry.get_blob(&other).await.is_err());
+}
+
+async fn signals_reach_their_worker(streams: Streams) {
+    let mut mine = streams.tasks.cancel_signals(&worker("w-1")).await.unwrap();
+    let signal = CancelSignal { request: RequestId::new(), cause: "test".into() };
+    let other = CancelSignal { request: RequestId::new(), cause: "other".into() };
+    streams.tasks.signal_cancel(&worker("w-2"), &other).await.unwrap();
+    streams.tasks.signal_cancel(&worker("w-1"), &signal).await.unwrap();
+    let received = tokio::time::timeout(Duration::from_secs(5), mine.next()).await.unwrap().unwrap();
+    assert_eq!(received, signal);
+}
+
+/// What only a real server can show.
+mod server_faults {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn appends_wait_for_a_server_that_restarts() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut server = Server::start(None, folder.path(), 0).unwrap();
+        let streams = connect(&server).await;
+        let log = log();
+        let hub = Hub::start(streams.log.clone(), gateway()).await.unwrap();
+        let follower = tokio::spawn(follow_to_end(hub.follow(log.request, 0)));
+        let mut writer = create(&streams, &log).await;
+        writer.append(claim("w-1")).await.unwrap();
+        let author = tokio::spawn(async move {
+            for index in 0..3000 {
+                writer.append(token(index)).await.unwrap();
+            }
+            writer.append(Body::RequestCancelled(RequestCancelled { cause: "end".into() })).await.unwrap();
+        });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!author.is_finished(), "the server must die while the log is written");
+        let _server = tokio::task::spawn_blocking(move || {
+            server.kill();
+            std::thread::sleep(Duration::from_millis(500));
+            server.restart().unwrap();
+            server
+        })
+        .await
+        .unwrap();
+        author.await.unwrap();
+        let followed = follower.await.unwrap();
+        assert_eq!(followed.len(), 3003);
+        let stored: Vec<Event> = streams.log.read(&log, 0).await.unwrap().into_iter().map(|r| r.event).collect();
+        assert_eq!(followed, stored);
+    }
+
+    #[tokio::test]
+    async fn no_server_is_said_with_what_to_do() {
+        let options = Options {
+            url: "nats://127.0.0.1:1".into(),
+            name: "test".into(),
+            inbox_prefix: "_INBOX.test".into(),
+            credentials: None,
+            limits: Limits::default(),
+        };
+        let error = jetstream::connect(options).await.err().unwrap().to_string();
+        assert!(error.contains("no NATS server answers at nats://127.0.0.1:1"), "{error}");
+        assert!(error.contains("forebay up"), "{error}");
+    }
+}

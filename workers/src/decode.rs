@@ -1,0 +1,385 @@
+//! The decode worker: owns a request from claim to end.
+//!
+//! pull → claim → prefill, here or remotely → generate → complete → acknowledge. Everything that happens is an
+//! event in the request's log before anybody acts on it; a worker that finds itself overtaken there stops.
+
+use crate::{
+    engine::EngineError,
+    kv::{ReadError, Slot, read_kv},
+    output::OutputText,
+    runner::{EngineStopped, Output},
+    scheduler::Sequence,
+    worker::Worker,
+};
+use forebay_schemas::{
+    event::{
+        Body, Claimed, FailureCode, FinishReason, KvLost, KvTransferred, PrefillQueued, RequestCancelled,
+        RequestCompleted, RequestFailed, TokensGenerated,
+    },
+    kv::KvHandle,
+    lifecycle::Lifecycle,
+    task::{DecodeTask, PrefillTask, Role, Task},
+};
+use forebay_streams::{
+    StreamError,
+    follow::Follow,
+    log::LogRef,
+    tasks::{Delivery, Verdict, enqueue},
+    writer::{LogWriter, WriteError, now_us},
+};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Outputs taken from the engine at once; they become one event.
+const BATCH_MAX: usize = 64;
+
+/// Why a request did not end here.
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
+    /// The log can't be extended by this worker (any more).
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The log can't be read.
+    #[error(transparent)]
+    Read(#[from] StreamError),
+    /// Another worker claimed the request.
+    #[error("attempt {0} has begun elsewhere")]
+    ClaimedElsewhere(u32),
+    /// The engine refused or failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The engine is gone.
+    #[error(transparent)]
+    Stopped(#[from] EngineStopped),
+}
+
+/// One slot's loop.
+pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken) {
+    while let Some(delivery) = worker.next_task(&stop).await {
+        let Ok(task) = DecodeTask::decode(&delivery.payload) else {
+            tracing::error!("a decode task is not readable; dropped");
+            worker.answer(&delivery, Verdict::Ack).await;
+            continue;
+        };
+        let log = LogRef { gateway: task.gateway, request: task.request };
+        let verdict = see_through(&worker, &delivery, &log).await;
+        if let Some(verdict) = verdict {
+            worker.answer(&delivery, verdict).await;
+        }
+    }
+}
+
+/// Takes a request to its end, or as far as it goes here, and says what becomes of the task. None: say nothing,
+/// since the task is in other hands, and an acknowledgement from here would take it from them.
+async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) -> Option<Verdict> {
+    let slot = Arc::new(worker.slots.take().expect("there are as many loops as slots"));
+    let _alive = worker.keep_alive(delivery);
+    let unwanted = worker.enter(log.request);
+    let attempt = Attempt { worker, log, slot: &slot };
+    let outcome = tokio::select! {
+        outcome = attempt.run(delivery) => outcome,
+        cause = unwanted.raised() => cancel(worker, log, cause).await,
+    };
+    worker.leave(log.request);
+    worker.runner.remove(slot.index()).await;
+    worker.runner.park(slot.index(), 0).await;
+    match outcome {
+        Ok(()) => Some(Verdict::Ack),
+        Err(error) => failed(worker, delivery, log, &error).await,
+    }
+}
+
+async fn cancel(worker: &Worker, log: &LogRef, cause: String) -> Result<(), RequestError> {
+    let mut writer = LogWriter::open(worker.streams.log.clone(), log.clone()).await?;
+    if !writer.state().phase.is_terminal() {
+        writer.append(Body::RequestCancelled(RequestCancelled { cause })).await?;
+    }
+    Ok(())
+}
+
+/// What becomes of a task whose request did not end well.
+async fn failed(worker: &Worker, delivery: &Delivery, log: &LogRef, error: &RequestError) -> Option<Verdict> {
+    let state = match LogWriter::open(worker.streams.log.clone(), log.clone()).await {
+        Ok(writer) if writer.state().phase.is_terminal() => return Some(Verdict::Ack),
+        Ok(writer) => writer,
+        Err(WriteError::Corrupt { problem, .. }) => {
+            tracing::error!(%log, problem, "a log is not readable; its task is dropped");
+            return Some(Verdict::Ack);
+        }
+        Err(_) => return Some(Verdict::Nak),
+    };
+    if state.state().worker.as_ref().is_some_and(|owner| *owner != worker.id) {
+        tracing::info!(%log, %error, "another worker goes on with the request");
+        return None;
+    }
+    let code = match error {
+        RequestError::Engine(EngineError::ContextFull { .. } | EngineError::UnknownToken { .. }) => FailureCode::Unservable,
+        RequestError::Engine(_) => FailureCode::EngineFailed,
+        _ if delivery.delivery >= worker.streams.tasks.max_deliver() => FailureCode::TooManyAttempts,
+        _ => {
+            tracing::warn!(%log, %error, "giving the request back");
+            return Some(Verdict::Nak);
+        }
+    };
+    tracing::warn!(%log, %error, "the request failed");
+    let mut writer = state;
+    let body = Body::RequestFailed(RequestFailed { code, message: error.to_string() });
+    writer.append(body).await.map_or(Some(Verdict::Nak), |()| Some(Verdict::Ack))
+}
+
+/// Where a prompt is prefilled, and why.
+#[derive(Debug, PartialEq, Eq)]
+enum Placement {
+    Local,
+    Remote { reason: String },
+}
+
+/// Conditional disaggregation: a prompt goes to a prefill worker if there is one and enough to do for it.
+fn place(tokens: u32, max_local_prefill_length: u32, prefill_workers: usize) -> Placement {
+    if prefill_workers == 0 || tokens <= max_local_prefill_length {
+        return Placement::Local;
+    }
+    Placement::Remote { reason: format!("prompt of {tokens} > max_local_prefill_length {max_local_prefill_length}") }
+}
+
+/// How a remote prefill went.
+enum Remote {
+    /// The KV of all tokens before the last is in the slot.
+    Here,
+    /// It must be computed here.
+    Lost,
+    /// The first token was the last: there is nothing to decode.
+    Finished(FinishReason),
+}
+
+/// One attempt at one request.
+struct Attempt<'a> {
+    worker: &'a Arc<Worker>,
+    log: &'a LogRef,
+    slot: &'a Arc<Slot>,
+}
+
+impl Attempt<'_> {
+    async fn run(&self, delivery: &Delivery) -> Result<(), RequestError> {
+        let mut writer = LogWriter::open(self.worker.streams.log.clone(), self.log.clone()).await?;
+        if writer.state().phase.is_terminal() {
+            return Ok(());
+        }
+        if now_us() > writer.state().deadline_us() {
+            let timeout_ms = writer.state().accepted.timeout_ms;
+            let message = format!("no worker took the request within its {timeout_ms} ms");
+            let failed = RequestFailed { code: FailureCode::DeadlineExceeded, message };
+            return Ok(writer.append(Body::RequestFailed(failed)).await?);
+        }
+        let claimed = Claimed {
+            worker: self.worker.id.clone(),
+            ack_subject: delivery.ack_subject.clone(),
+            delivery: delivery.delivery,
+        };
+        writer.append(Body::Claimed(claimed)).await?;
+
+        let worker = self.worker;
+        let mut output = OutputText::resume(worker.tokenizer.clone(), worker.eos.clone(), writer.state());
+        if let Some(reason) = output.finish() {
+            // An earlier attempt generated everything and died before it could say so.
+            return complete(&mut writer, reason).await;
+        }
+        let filled = match self.prefill(&mut writer, &mut output).await? {
+            Remote::Here => tokens_of(writer.state()).len() as u32 - 1,
+            Remote::Lost => 0,
+            Remote::Finished(reason) => return complete(&mut writer, reason).await,
+        };
+        let outputs = worker.runner.add(self.sequence(writer.state(), filled)).await?;
+        let reason = self.generate(&mut writer, &mut output, outputs).await?;
+        complete(&mut writer, reason).await
+    }
+
+    fn sequence(&self, state: &Lifecycle, filled: u32) -> Sequence {
+        let generated = state.tokens.len() as u32;
+        let eos = if state.accepted.ignore_eos { Arc::default() } else { self.worker.eos.clone() };
+        Sequence {
+            slot: self.slot.index(),
+            tokens: tokens_of(state),
+            filled,
+            sampling: Arc::new(state.accepted.sampling.clone()),
+            next_index: generated,
+            remaining: state.accepted.max_tokens - generated,
+            eos,
+        }
+    }
+
+    /// Gets the KV of the prompt (and of what earlier attempts generated) from a prefill worker, if it is to.
+    async fn prefill(&self, writer: &mut LogWriter, output: &mut OutputText) -> Result<Remote, RequestError> {
+        let tokens = tokens_of(writer.state()).len() as u32;
+        let prefill_workers = self.prefill_workers();
+        let Placement::Remote { reason } =
+            place(tokens, self.worker.config.max_local_prefill_length, prefill_workers)
+        else {
+            return Ok(Remote::Lost);
+        };
+        // Subscribed before the task is queued, on the same connection: nothing that follows can be missed.
+        let follow = Follow::watch(self.worker.streams.log.clone(), self.log.clone(), writer.seq()).await?;
+        writer.append(Body::PrefillQueued(PrefillQueued { tokens, reason })).await?;
+        let task = PrefillTask {
+            request: self.log.request,
+            gateway: self.log.gateway.clone(),
+            model: self.worker.model.key.clone(),
+            attempt: writer.state().attempt,
+        };
+        if let Err(error) = enqueue(&*self.worker.streams.tasks, &task).await {
+            return self.lost(writer, error.to_string()).await;
+        }
+        if let Err(silence) = self.await_prefill(writer, follow).await? {
+            return self.lost(writer, silence).await;
+        }
+        let token = *writer.state().tokens.last().expect("PrefillCompleted brought a token");
+        output.push(token);
+        output.release();
+        if let Some(reason) = output.finish() {
+            self.release(&writer.state().kv);
+            return Ok(Remote::Finished(reason));
+        }
+        match self.read(writer.state(), tokens).await {
+            Ok(transferred) => {
+                writer.append(Body::KvTransferred(transferred)).await?;
+                Ok(Remote::Here)
+            }
+            Err(error) => self.lost(writer, error.to_string()).await,
+        }
+    }
+
+    fn prefill_workers(&self) -> usize {
+        let model = &self.worker.model;
+        let fits = |lease: &forebay_schemas::card::WorkerLease| {
+            lease.role == Role::Prefill && lease.model == model.key && lease.layout_hash == model.layout_hash
+        };
+        self.worker.workers.borrow().values().filter(|lease| fits(lease)).count()
+    }
+
+    async fn lost(&self, writer: &mut LogWriter, reason: String) -> Result<Remote, RequestError> {
+        tracing::warn!(log = %self.log, reason, "prefilling here instead");
+        writer.append(Body::KvLost(KvLost { reason })).await?;
+        Ok(Remote::Lost)
+    }
+
+    /// Follows the log until the prefill is done. The inner error says that nothing happened for too long.
+    async fn await_prefill(
+        &self,
+        writer: &mut LogWriter,
+        mut follow: Follow,
+    ) -> Result<Result<(), String>, RequestError> {
+        let patience = self.worker.config.prefill_patience;
+        let attempt = writer.state().attempt;
+        loop {
+            let Ok(recorded) = tokio::time::timeout(patience, follow.next()).await else {
+                return Ok(Err(format!("nothing of the prefill for {patience:?}")));
+            };
+            let recorded = recorded?;
+            writer.observe(recorded.seq, &recorded.event)?;
+            if writer.state().attempt != attempt {
+                return Err(RequestError::ClaimedElsewhere(writer.state().attempt));
+            }
+            match recorded.event.body {
+                Body::PrefillCompleted(_) => return Ok(Ok(())),
+                body if body.is_terminal() => {
+                    return Err(RequestError::ClaimedElsewhere(attempt));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Reads the sealed KV of all tokens into the slot.
+    async fn read(&self, state: &Lifecycle, tokens: u32) -> Result<KvTransferred, ReadError> {
+        let first = state.kv.first().ok_or_else(|| ReadError::BadHandle("no KvReady before PrefillCompleted".into()))?;
+        if state.kv.last().map(|handle| handle.tokens.end()) != Some(tokens) {
+            return Err(ReadError::BadHandle(format!("the handles do not cover the {tokens} tokens")));
+        }
+        let lease = self.worker.workers.borrow().get(&first.agent).cloned();
+        let transport = self.worker.peers.transport(first, lease.as_deref())?;
+        let name = transport.name();
+        // Decode steps meanwhile write one position of this slot: not one that is being filled.
+        self.worker.runner.park(self.slot.index(), tokens).await;
+        let (runner, slot, handles) = (self.worker.runner.clone(), self.slot.clone(), state.kv.clone());
+        // The copy can't be interrupted: it holds the slot until it is done, whatever becomes of the request.
+        let read = move || read_kv(&*transport, &handles, runner.kv(), &runner.card().layout, slot.index());
+        let report = tokio::task::spawn_blocking(read)
+            .await
+            .map_err(|panic| ReadError::BadHandle(format!("the read failed: {panic}")))??;
+        Ok(KvTransferred {
+            bytes: report.bytes,
+            tokens: report.tokens,
+            read_us: report.micros,
+            transport: name.to_owned(),
+        })
+    }
+
+    /// Gives back KV that is not needed. Best effort: the lease ends by itself.
+    fn release(&self, handles: &[KvHandle]) {
+        let Some(first) = handles.first() else { return };
+        let lease = self.worker.workers.borrow().get(&first.agent).cloned();
+        if let Ok(transport) = self.worker.peers.transport(first, lease.as_deref())
+            && transport.claim(first).is_ok()
+        {
+            transport.release(first);
+        }
+    }
+
+    /// Appends tokens as they come. One append is outstanding at a time; tokens made meanwhile share the next.
+    async fn generate(
+        &self,
+        writer: &mut LogWriter,
+        output: &mut OutputText,
+        mut outputs: mpsc::Receiver<Output>,
+    ) -> Result<FinishReason, RequestError> {
+        let mut batch = Vec::with_capacity(BATCH_MAX);
+        loop {
+            if outputs.recv_many(&mut batch, BATCH_MAX).await == 0 {
+                return Err(EngineStopped.into());
+            }
+            let first_index = output.tokens().len();
+            let mut failure = None;
+            for item in batch.drain(..) {
+                match item {
+                    Output::Token(token) => output.push(token),
+                    Output::Failed(error) => failure = Some(error),
+                    Output::Filled(_) => {}
+                }
+            }
+            let tokens = output.tokens()[first_index..].to_vec();
+            if !tokens.is_empty() {
+                let text = output.release();
+                let generated = TokensGenerated { first_index: first_index as u32, tokens, text };
+                writer.append(Body::TokensGenerated(generated)).await?;
+            }
+            match (output.finish(), failure) {
+                (Some(reason), _) => return Ok(reason),
+                (None, Some(error)) => return Err(error.into()),
+                (None, None) => {}
+            }
+        }
+    }
+}
+
+async fn complete(writer: &mut LogWriter, reason: FinishReason) -> Result<(), RequestError> {
+    let usage = writer.state().usage();
+    Ok(writer.append(Body::RequestCompleted(RequestCompleted { reason, usage })).await?)
+}
+
+/// Prompt and generated tokens of a request so far.
+pub(crate) fn tokens_of(state: &Lifecycle) -> Vec<u32> {
+    [&state.accepted.prompt[..], &state.tokens[..]].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_prompts_and_lonely_workers_prefill_locally() {
+        assert_eq!(place(100, 128, 2), Placement::Local);
+        assert_eq!(place(1000, 128, 0), Placement::Local);
+        assert!(matches!(place(129, 128, 1), Placement::Remote { reason } if reason.contains("129 > ")));
+    }
+}

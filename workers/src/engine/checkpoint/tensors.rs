@@ -1,0 +1,165 @@
+//! Safetensors files: mapped, with the header checked by the `safetensors` crate.
+
+use super::{super::binding::MappedFile, CheckpointError};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use safetensors::SafeTensors;
+use std::{
+    collections::HashMap,
+    fmt,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// Element types of weights that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+    /// IEEE single.
+    F32,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Dtype::Bf16 => "bf16",
+            Dtype::F16 => "fp16",
+            Dtype::F32 => "fp32",
+        })
+    }
+}
+
+/// A tensor in a mapped file.
+#[derive(Clone)]
+pub struct WeightTensor {
+    file: Arc<MappedFile>,
+    range: Range<usize>,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl WeightTensor {
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Dimensions; matrices are `[out, in]`.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The elements, little-endian, row-major.
+    pub fn bytes(&self) -> &[u8] {
+        &self.file.bytes()[self.range.clone()]
+    }
+
+    pub(in super::super) fn file(&self) -> &Arc<MappedFile> {
+        &self.file
+    }
+
+    /// Where in the file the elements are.
+    pub(in super::super) fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
+    /// Rows of a matrix; 1 for a vector.
+    pub fn rows(&self) -> usize {
+        self.shape.iter().rev().skip(1).product()
+    }
+
+    /// Elements of a row.
+    pub fn columns(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// One row, as fp32, into `out` of the row's length.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        let width = self.columns() * self.dtype.bytes();
+        let bytes = &self.bytes()[row * width..][..width];
+        match self.dtype {
+            Dtype::Bf16 => {
+                for (out, two) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *out = bf16::from_le_bytes([two[0], two[1]]).to_f32();
+                }
+            }
+            Dtype::F16 => {
+                let halves: Vec<f16> = bytes.chunks_exact(2).map(|two| f16::from_le_bytes([two[0], two[1]])).collect();
+                halves.convert_to_f32_slice(out);
+            }
+            Dtype::F32 => {
+                for (out, four) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *out = f32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+                }
+            }
+        }
+    }
+
+    /// All elements as fp32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let columns = self.columns();
+        let mut all = vec![0.0; self.rows() * columns];
+        for (row, out) in all.chunks_exact_mut(columns).enumerate() {
+            self.row(row, out);
+        }
+        all
+    }
+}
+
+/// One mapped safetensors file.
+pub(super) struct Shard {
+    path: PathBuf,
+    file: Arc<MappedFile>,
+    tensors: HashMap<String, (safetensors::Dtype, Vec<usize>, Range<usize>)>,
+}
+
+impl Shard {
+    pub(super) fn open(path: PathBuf) -> Result<Shard, CheckpointError> {
+        let file = MappedFile::open(&path).map_err(|source| CheckpointError::unreadable(&path, source))?;
+        let damaged = |problem: String| CheckpointError::Damaged { file: path.clone(), problem };
+        let bytes = file.bytes();
+        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
+        let start = 8 + header;
+        let tensors = metadata.tensors().into_iter().map(|(name, info)| {
+            let (begin, end) = info.data_offsets;
+            (name, (info.dtype, info.shape.clone(), start + begin..start + end))
+        });
+        let tensors = tensors.collect();
+        Ok(Shard { file: Arc::new(file), tensors, path })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The tensor, if the file has it and it is what the model needs.
+    pub(super) fn tensor(&self, name: &str, expected: &[usize]) -> Result<Option<WeightTensor>, CheckpointError> {
+        let Some((dtype, shape, range)) = self.tensors.get(name) else { return Ok(None) };
+        let (file, tensor) = (self.path.clone(), name.to_owned());
+        let dtype = match dtype {
+            safetensors::Dtype::BF16 => Dtype::Bf16,
+            safetensors::Dtype::F16 => Dtype::F16,
+            safetensors::Dtype::F32 => Dtype::F32,
+            other => return Err(CheckpointError::WrongDtype { file, tensor, found: format!("{other:?}") }),
+        };
+        if shape != expected {
+            let (expected, found) = (expected.to_vec(), shape.clone());
+            return Err(CheckpointError::WrongShape { file, tensor, expected, found });
+        }
+        Ok(Some(WeightTensor { file: self.file.clone(), range: range.clone(), dtype, shape: shape.clone() }))
+    }
+}

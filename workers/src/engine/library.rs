@@ -1,0 +1,116 @@
+//! Finds and loads `libonnxruntime`, once for the process.
+
+use ort::{LoadDynamicError, environment::Environment};
+use std::{
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+/// Why ONNX Runtime could not be loaded. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum LibraryError {
+    /// No file was found where one was expected, or anywhere.
+    #[error(
+        "ONNX Runtime was not found ({reason}): run `make setup`, or set ORT_DYLIB_PATH to libonnxruntime.so of \
+         version 1.31 or newer"
+    )]
+    NotFound {
+        /// What was tried.
+        reason: String,
+    },
+    /// A file was found, but it is no usable library.
+    #[error("{} is no usable ONNX Runtime ({reason}): run `make setup`, or set ORT_DYLIB_PATH to another", path.display())]
+    Unusable {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The library is older than the functions it is used for.
+    #[error(
+        "{} is ONNX Runtime {version}, but 1.31 or newer is needed: run `make setup`, or set ORT_DYLIB_PATH to a \
+         newer one",
+        path.display()
+    )]
+    TooOld {
+        /// Which file.
+        path: PathBuf,
+        /// Its version.
+        version: String,
+    },
+}
+
+/// Name of the library on this platform, without a version.
+const NAME: &str = "libonnxruntime.so";
+
+/// Loads ONNX Runtime from `explicit`, or the first found of: `ORT_DYLIB_PATH`; `.forebay/lib` in the working
+/// directory, in the executable's, or in one above either; beside the executable; where the system's loader looks.
+///
+/// The first library loaded stays for the life of the process, whatever later calls ask for.
+pub fn load(explicit: Option<&Path>) -> Result<Environment, LibraryError> {
+    static LOADED: Mutex<Option<Environment>> = Mutex::new(None);
+    let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some(environment) = &*loaded {
+        return Ok(environment.clone());
+    }
+    let path = find(explicit)?;
+    let builder = ort::init_from(&path).map_err(|error| match error {
+        LoadDynamicError::BadVersion { version_str, path } => LibraryError::TooOld { path, version: version_str },
+        LoadDynamicError::Dlopen { error, .. } if path.as_os_str() == NAME => {
+            LibraryError::NotFound { reason: format!("no .forebay/lib here or above, and the system has none: {error}") }
+        }
+        other => LibraryError::Unusable { path: path.clone(), reason: other.to_string() },
+    })?;
+    let environment = builder.with_name("forebay").with_telemetry(false).build();
+    let environment = environment.map_err(|error| LibraryError::Unusable { path, reason: error.to_string() })?;
+    Ok(loaded.insert(environment).clone())
+}
+
+fn find(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
+    let from_env = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
+    for (given, by) in [(explicit.map(Path::to_owned), "the library option"), (from_env, "ORT_DYLIB_PATH")] {
+        let Some(path) = given else { continue };
+        // Absolute, because `ort` takes a relative path from the executable's directory.
+        return match std::path::absolute(&path) {
+            Ok(path) if path.is_file() => Ok(path),
+            _ => Err(LibraryError::NotFound { reason: format!("{by} names {}, which is no file", path.display()) }),
+        };
+    }
+    let executable_dir = std::env::current_exe().ok().and_then(|path| path.parent().map(Path::to_owned));
+    let starts = [std::env::current_dir().ok(), executable_dir.clone()];
+    let above = starts.iter().flatten().flat_map(|dir| dir.ancestors()).map(|dir| dir.join(".forebay/lib"));
+    let found = above.chain(executable_dir.clone()).find_map(|dir| newest_in(&dir));
+    Ok(found.unwrap_or_else(|| PathBuf::from(NAME)))
+}
+
+/// The library in a directory; of several versions, the highest.
+fn newest_in(dir: &Path) -> Option<PathBuf> {
+    let version = |name: &str| -> Vec<u32> { name[NAME.len()..].split('.').filter_map(|part| part.parse().ok()).collect() };
+    std::fs::read_dir(dir)
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with(NAME))
+        .max_by_key(|name| version(name))
+        .map(|name| dir.join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_of_several_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["libonnxruntime.so.1.9.0", "libonnxruntime.so.1.32.0", "libonnxruntime.so.1.4.0", "other.so"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        assert_eq!(newest_in(dir.path()), Some(dir.path().join("libonnxruntime.so.1.32.0")));
+        assert_eq!(newest_in(&dir.path().join("nowhere")), None);
+    }
+
+    #[test]
+    fn a_path_that_is_given_must_exist() {
+        let error = find(Some(Path::new("nowhere/lib.so"))).unwrap_err().to_string();
+        assert!(error.contains("nowhere/lib.so") && error.contains("make setup"), "{error}");
+    }
+}

@@ -1,0 +1,184 @@
+//! The engine: what turns tokens into the next token, over KV that lies in shared memory.
+//!
+//! [`Engine`] is all that the worker loop knows of a model. A *slot* is one row of the KV region and holds one
+//! sequence; `prefill` fills positions of one slot, `decode` adds one position to each of many. Scheduling,
+//! block reuse and KV movement are the caller's: the engine reads and writes the positions it is told to.
+//!
+//! Read next: [`sim`] (the smallest engine).
+
+pub mod bench;
+mod binding;
+pub mod checkpoint;
+mod fused;
+pub mod graph;
+pub mod library;
+pub mod onnx;
+pub mod quantize;
+pub mod random_checkpoint;
+pub mod sampler;
+pub mod sim;
+
+use forebay_kernels::Region;
+use forebay_schemas::{
+    kv::{KvLayout, LayoutHash},
+    sampling::Sampling,
+};
+use std::sync::Arc;
+
+/// A model that runs over slots of a KV region.
+///
+/// # Panics
+/// Calls panic on what only a bug of the caller can bring about: a slot outside the layout, rows that are not
+/// sorted, no tokens. What a request can bring about is an [`EngineError`].
+pub trait Engine: Send {
+    /// Facts about the model and its KV.
+    fn card(&self) -> &EngineCard;
+
+    /// The KV region, laid out by the card's layout. Other threads and processes may read sealed positions and
+    /// write positions that the engine was not told about; nothing else orders access to it.
+    fn kv(&self) -> &Arc<Region>;
+
+    /// Runs `tokens` of one slot at positions `start..`, as one call (the caller chunks). Positions below
+    /// `start` must hold the KV of the tokens before. With `draw`, also samples the token that follows.
+    fn prefill(
+        &mut self,
+        slot: u32,
+        start: u32,
+        tokens: &[u32],
+        draw: Option<Draw<'_>>,
+    ) -> Result<Option<Sampled>, EngineError>;
+
+    /// Runs one token for each row and samples the next, into `out` (cleared first) in the order of `rows`.
+    /// Rows are sorted by slot, at most one for each.
+    ///
+    /// Decode runs over the first slots up to the highest of `rows`, so slots below it that are not in `rows`
+    /// get a scratch write of one position: `parked[slot]`, which must be a position where that does no harm: 0
+    /// for a free slot, the number of positions filled for one that waits or is being prefilled, and a position
+    /// beyond the range being copied for one that is being loaded. Entries of slots in `rows` are ignored.
+    fn decode(&mut self, rows: &[Row<'_>], parked: &[u32], out: &mut Vec<Sampled>) -> Result<(), EngineError>;
+}
+
+/// One sequence's part in a decode step.
+#[derive(Clone, Copy, Debug)]
+pub struct Row<'a> {
+    /// Slot that holds the sequence.
+    pub slot: u32,
+    /// Positions already filled, which is the position where `token` goes.
+    pub position: u32,
+    /// The token to run: usually the one drawn last.
+    pub token: u32,
+    /// How to draw the next.
+    pub draw: Draw<'a>,
+}
+
+/// How to draw one token.
+#[derive(Clone, Copy, Debug)]
+pub struct Draw<'a> {
+    /// The request's sampling parameters.
+    pub sampling: &'a Sampling,
+    /// Index within the output of the token to be drawn: the counter of the generator.
+    pub index: u32,
+}
+
+/// A drawn token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+}
+
+impl Sampled {
+    /// A drawn token with nothing said of its probability.
+    pub fn new(token: u32) -> Sampled {
+        Sampled { token }
+    }
+}
+
+/// What a caller needs to know of an engine's model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineCard {
+    /// Token ids are below this.
+    pub vocab: u32,
+    /// Most tokens that a sequence can have, prompt and output together: the model's limit, or one less than
+    /// the positions of a slot (the last one takes the scratch write of a parked row).
+    pub context_limit: u32,
+    /// Tokens that end an output.
+    pub eos: Vec<u32>,
+    /// Shape of the KV region.
+    pub layout: KvLayout,
+    /// Meaning of the bytes in it.
+    pub layout_hash: LayoutHash,
+    /// What computes, for people: `Qwen3ForCausalLM, 28 layers, int4 in blocks of 32`.
+    pub weights: String,
+}
+
+/// Why an engine could not do a step. None of these goes away by trying the same again on the same engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The sequence would outgrow its slot.
+    #[error("slot {slot}: {tokens} tokens at position {start} exceed the context of {limit}")]
+    ContextFull {
+        /// Which slot.
+        slot: u32,
+        /// First position to be written.
+        start: u32,
+        /// How many tokens were to be run.
+        tokens: u32,
+        /// The card's limit.
+        limit: u32,
+    },
+    /// The request holds a token that the model does not have.
+    #[error("slot {slot}: token {token} is outside the vocabulary of {vocab}")]
+    UnknownToken {
+        /// Which slot.
+        slot: u32,
+        /// The token.
+        token: u32,
+        /// The card's vocabulary.
+        vocab: u32,
+    },
+    /// The model computed a logit that is no number.
+    #[error("slot {slot}: the logits at position {position} are not finite")]
+    NotFinite {
+        /// Which slot.
+        slot: u32,
+        /// Position of the token whose logits they are.
+        position: u32,
+    },
+    /// KV that was read is not what an engine of this kind writes. Only [`sim::SimEngine`] can tell.
+    #[error("slot {slot}: the KV at position {position} is damaged or was never written")]
+    DamagedKv {
+        /// Which slot.
+        slot: u32,
+        /// Which position.
+        position: u32,
+    },
+    /// The runtime failed within a step.
+    #[error("ONNX Runtime failed: {0}")]
+    Runtime(String),
+}
+
+/// Checks of a step's arguments that every engine makes.
+impl EngineCard {
+    fn check(&self, slot: u32, start: u32, tokens: &[u32]) -> Result<(), EngineError> {
+        assert!(slot < self.layout.slots, "slot {slot} of {}", self.layout.slots);
+        assert!(!tokens.is_empty(), "a step of slot {slot} has no tokens");
+        let limit = self.context_limit;
+        if u64::from(start) + tokens.len() as u64 > u64::from(limit) {
+            return Err(EngineError::ContextFull { slot, start, tokens: tokens.len() as u32, limit });
+        }
+        match tokens.iter().find(|token| **token >= self.vocab) {
+            Some(&token) => Err(EngineError::UnknownToken { slot, token, vocab: self.vocab }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_rows(&self, rows: &[Row<'_>], parked: &[u32]) -> Result<(), EngineError> {
+        assert!(rows.windows(2).all(|pair| pair[0].slot < pair[1].slot), "rows are not sorted by slot");
+        let below = rows.last().map_or(0, |row| row.slot as usize);
+        assert!(parked.len() >= below, "{} parked positions for {below} slots", parked.len());
+        assert!(parked.iter().all(|at| *at < self.layout.positions), "a row is parked outside its slot");
+        rows.iter().try_for_each(|row| self.check(row.slot, row.position, &[row.token]))
+    }
+}

@@ -1,0 +1,251 @@
+//! The engine that serves: a checkpoint's graph in ONNX Runtime, over slots of a shared region.
+
+use super::{
+    Draw, Engine, EngineCard, EngineError, Row, Sampled,
+    binding::{KvView, Program, Step, Tensor},
+    checkpoint::{Checkpoint, CheckpointError},
+    graph::{self, Precision},
+    library::{self, LibraryError},
+    sampler,
+};
+use forebay_kernels::{Region, RegionError};
+use forebay_schemas::{
+    ids::fnv1a,
+    kv::{KvDtype, KvGeometry, KvLayout, LayoutHash},
+};
+use ort::{
+    environment::Environment,
+    session::{Session, builder::GraphOptimizationLevel},
+};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// How to open an [`OnnxEngine`].
+#[derive(Clone, Debug)]
+pub struct OnnxOptions {
+    /// Precision of the weights.
+    pub precision: Precision,
+    /// Sequences held at once.
+    pub slots: u32,
+    /// Positions of each slot; the usable context is one less. Address space only: memory is committed as
+    /// positions are written.
+    pub positions: u32,
+    /// Threads that compute, the caller's among them.
+    pub threads: usize,
+    /// Whether idle threads spin for a moment: faster steps, and a busy processor between them.
+    pub spin: bool,
+    /// Where `libonnxruntime` is, if not in the places that are searched.
+    pub library: Option<PathBuf>,
+}
+
+impl Default for OnnxOptions {
+    fn default() -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+        OnnxOptions { precision: Precision::default(), slots: 8, positions: 2049, threads, spin: true, library: None }
+    }
+}
+
+/// Why an engine could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The checkpoint cannot be served.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// ONNX Runtime cannot be loaded.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// No memory for the KV.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// ONNX Runtime refused the graph.
+    #[error("ONNX Runtime could not load the model: {0}")]
+    Runtime(#[from] ort::Error),
+}
+
+impl From<ort::Error> for EngineError {
+    fn from(error: ort::Error) -> EngineError {
+        EngineError::Runtime(error.to_string())
+    }
+}
+
+/// See the [module](self).
+pub struct OnnxEngine {
+    card: EngineCard,
+    kv: Arc<Region>,
+    program: Program,
+    /// Views of one slot each, for prefill, and of the first n slots, for decode; made when first needed.
+    slot_views: Vec<Option<KvView>>,
+    batch_views: Vec<Option<KvView>>,
+    input_ids: Tensor<i64>,
+    seqlens_k: Tensor<i32>,
+    total_len: Tensor<i32>,
+    last: Tensor<i64>,
+    logits: Tensor<f32>,
+}
+
+impl OnnxEngine {
+    /// Opens a checkpoint directory.
+    pub fn open(dir: &Path, options: &OnnxOptions) -> Result<OnnxEngine, OpenError> {
+        let checkpoint = Checkpoint::open(dir)?;
+        OnnxEngine::with_checkpoint(&checkpoint, options)
+    }
+
+    /// Makes an engine of an opened checkpoint, which need not outlive this call.
+    pub fn with_checkpoint(checkpoint: &Checkpoint, options: &OnnxOptions) -> Result<OnnxEngine, OpenError> {
+        let config = checkpoint.config();
+        let context_limit = options.positions.saturating_sub(1);
+        checkpoint.check_context(context_limit as usize)?;
+        let environment = library::load(options.library.as_deref())?;
+        let card = card(checkpoint, options);
+        let program = program(&environment, checkpoint, options)?;
+        let kv = Arc::new(Region::create("forebay-kv", card.layout.region_bytes())?);
+        let (slots, positions) = (options.slots as usize, options.positions as usize);
+        Ok(OnnxEngine {
+            kv,
+            program,
+            slot_views: (0..slots).map(|_| None).collect(),
+            batch_views: (0..slots).map(|_| None).collect(),
+            input_ids: Tensor::with_capacity(positions.max(slots))?,
+            seqlens_k: Tensor::with_capacity(slots)?,
+            total_len: Tensor::with_capacity(1)?,
+            last: Tensor::with_capacity(2 * slots)?,
+            logits: Tensor::with_capacity(slots * config.vocab)?,
+            card,
+        })
+    }
+
+    /// Logits of the last step, `[rows, vocab]`: of the last token of a prefill, or of each row of a decode. Those
+    /// of rows that were drawn with a temperature are overwritten.
+    pub fn logits(&self) -> &[f32] {
+        self.logits.data()
+    }
+
+    /// Draws row number `row` of the last step.
+    fn draw(&mut self, row: usize, (slot, position): (u32, u32), draw: Draw<'_>) -> Result<Sampled, EngineError> {
+        let vocab = self.card.vocab as usize;
+        let logits = &mut self.logits.data_mut()[row * vocab..][..vocab];
+        match sampler::sample(logits, draw.sampling, draw.index) {
+            Ok(token) => Ok(Sampled::new(token)),
+            Err(sampler::NotFinite) => Err(EngineError::NotFinite { slot, position }),
+        }
+    }
+}
+
+impl Engine for OnnxEngine {
+    fn card(&self) -> &EngineCard {
+        &self.card
+    }
+
+    fn kv(&self) -> &Arc<Region> {
+        &self.kv
+    }
+
+    fn prefill(
+        &mut self,
+        slot: u32,
+        start: u32,
+        tokens: &[u32],
+        draw: Option<Draw<'_>>,
+    ) -> Result<Option<Sampled>, EngineError> {
+        self.card.check(slot, start, tokens)?;
+        let last = start as usize + tokens.len() - 1;
+        self.input_ids.set_shape(&[1, tokens.len() as i64])?;
+        self.input_ids.data_mut().iter_mut().zip(tokens).for_each(|(id, token)| *id = i64::from(*token));
+        self.seqlens_k.set_shape(&[1])?;
+        self.seqlens_k.data_mut()[0] = last as i32;
+        self.total_len.data_mut()[0] = last as i32 + 1;
+        self.last.set_shape(&[1, 2])?;
+        self.last.data_mut().copy_from_slice(&[0, tokens.len() as i64 - 1]);
+        self.logits.set_shape(&[1, i64::from(self.card.vocab)])?;
+        let view = &mut self.slot_views[slot as usize];
+        let view = match view {
+            Some(view) => view,
+            None => view.insert(KvView::new(&self.kv, &self.card.layout, slot..slot + 1)?),
+        };
+        self.program.run(Step {
+            input_ids: &self.input_ids,
+            seqlens_k: &self.seqlens_k,
+            total_len: &self.total_len,
+            last: &self.last,
+            kv: view,
+            logits: &mut self.logits,
+        })?;
+        draw.map(|draw| self.draw(0, (slot, last as u32), draw)).transpose()
+    }
+
+    fn decode(&mut self, rows: &[Row<'_>], parked: &[u32], out: &mut Vec<Sampled>) -> Result<(), EngineError> {
+        out.clear();
+        self.card.check_rows(rows, parked)?;
+        let Some(highest) = rows.last().map(|row| row.slot as usize) else { return Ok(()) };
+        let batch = highest + 1;
+        self.input_ids.set_shape(&[batch as i64, 1])?;
+        self.seqlens_k.set_shape(&[batch as i64])?;
+        self.last.set_shape(&[rows.len() as i64, 2])?;
+        self.logits.set_shape(&[rows.len() as i64, i64::from(self.card.vocab)])?;
+        let (ids, lens, last) = (self.input_ids.data_mut(), self.seqlens_k.data_mut(), self.last.data_mut());
+        ids.fill(0);
+        // The row of `rows`'s highest slot is written below, so `parked` may be one short of the batch.
+        lens.iter_mut().zip(parked).for_each(|(len, at)| *len = *at as i32);
+        for (row, last) in rows.iter().zip(last.chunks_exact_mut(2)) {
+            ids[row.slot as usize] = i64::from(row.token);
+            lens[row.slot as usize] = row.position as i32;
+            last.copy_from_slice(&[i64::from(row.slot), 0]);
+        }
+        self.total_len.data_mut()[0] = lens.iter().copied().max().unwrap_or(0) + 1;
+        let view = &mut self.batch_views[highest];
+        let view = match view {
+            Some(view) => view,
+            None => view.insert(KvView::new(&self.kv, &self.card.layout, 0..batch as u32)?),
+        };
+        self.program.run(Step {
+            input_ids: &self.input_ids,
+            seqlens_k: &self.seqlens_k,
+            total_len: &self.total_len,
+            last: &self.last,
+            kv: view,
+            logits: &mut self.logits,
+        })?;
+        for (index, row) in rows.iter().enumerate() {
+            out.push(self.draw(index, (row.slot, row.position), row.draw)?);
+        }
+        Ok(())
+    }
+}
+
+fn card(checkpoint: &Checkpoint, options: &OnnxOptions) -> EngineCard {
+    let config = checkpoint.config();
+    let geometry = KvGeometry {
+        layers: config.layers as u32,
+        kv_heads: config.kv_heads as u32,
+        head_dim: config.head_dim as u32,
+        dtype: KvDtype::F32,
+    };
+    let stored = checkpoint.tensor("model.embed_tokens.weight").dtype();
+    // Everything that decides what a key or value is: two engines that agree on this text compute the same KV, up
+    // to rounding. The 1 is the version of the text and of the graph.
+    let meaning = format!(
+        "forebay kv 1; {config:?}; weights {:016x} as {}; {geometry:?}",
+        checkpoint.weights_hash(),
+        options.precision
+    );
+    EngineCard {
+        vocab: config.vocab as u32,
+        context_limit: options.positions.saturating_sub(1),
+        eos: checkpoint.eos().to_vec(),
+        layout: KvLayout { geometry, slots: options.slots, positions: options.positions },
+        layout_hash: LayoutHash(fnv1a(meaning.as_bytes())),
+        weights: format!("Qwen3ForCausalLM, {} layers, {} from {stored}", config.layers, options.precision),
+    }
+}
+
+fn program(environment: &Environment, checkpoint: &Checkpoint, options: &OnnxOptions) -> ort::Result<Program> {
+    let builder = Session::builder(environment)?
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_intra_threads(options.threads)?
+        .with_intra_op_spinning(options.spin)?;
+    let builder = graph::with_operators(builder, checkpoint.config())?;
+    let model = graph::build(checkpoint, options.precision, options.positions as usize, options.threads)?;
+    Program::new(environment, builder, graph::EMPTY_MODEL, &model, checkpoint.config().layers)
+}

@@ -1,0 +1,174 @@
+//! Leases on sealed slots: one word of shared memory for each slot, on which owner and readers agree.
+//!
+//! A word holds the slot's generation and state. A reader claims by changing *sealed* to *claimed* at the
+//! generation that its handle names, and releases by changing *claimed* to *released*. The owner reuses a slot
+//! once it is released, or once the lease and, if it was claimed, the longest read are over; it raises the
+//! generation first, so that a reader that comes or finishes late can tell.
+
+use forebay_kernels::{RegionError, Words};
+use std::{
+    os::fd::BorrowedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// The longest that a read may take after its lease has ended.
+pub const LONGEST_READ: Duration = Duration::from_secs(5);
+
+/// How often an owner that waits looks at a word.
+const POLL: Duration = Duration::from_millis(1);
+
+/// What a slot's word says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// The owner is filling it, or nothing is in it.
+    Open(u64),
+    /// Readable.
+    Sealed(u64),
+    /// Being read.
+    Claimed(u64),
+    /// Read, and no longer needed.
+    Released(u64),
+}
+
+impl Word {
+    /// As 64 bits: the state in the lowest two, the generation above.
+    pub fn pack(self) -> u64 {
+        match self {
+            Word::Open(generation) => generation << 2,
+            Word::Sealed(generation) => generation << 2 | 1,
+            Word::Claimed(generation) => generation << 2 | 2,
+            Word::Released(generation) => generation << 2 | 3,
+        }
+    }
+
+    /// From 64 bits.
+    pub fn unpack(bits: u64) -> Word {
+        let generation = bits >> 2;
+        match bits & 3 {
+            0 => Word::Open(generation),
+            1 => Word::Sealed(generation),
+            2 => Word::Claimed(generation),
+            _ => Word::Released(generation),
+        }
+    }
+
+    /// The slot's generation.
+    pub fn generation(self) -> u64 {
+        let (Word::Open(generation) | Word::Sealed(generation) | Word::Claimed(generation) | Word::Released(generation)) =
+            self;
+        generation
+    }
+}
+
+/// The owner's side: the words of its slots.
+#[derive(Debug, Clone)]
+pub struct Leases {
+    words: Arc<Words>,
+}
+
+impl Leases {
+    /// Words for that many slots, all open.
+    pub fn create(slots: u32) -> Result<Leases, RegionError> {
+        let words = Words::create("forebay-leases", slots as usize)?;
+        Ok(Leases { words: Arc::new(words) })
+    }
+
+    /// The descriptor to pass to peers.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.words.fd()
+    }
+
+    /// What a slot's word says.
+    pub fn word(&self, slot: u32) -> Word {
+        Word::unpack(self.words.load(slot as usize))
+    }
+
+    /// Makes a slot readable for that long, in a new generation. Chunks that are sealed later are covered by the
+    /// same lease: what is readable is what events say.
+    pub fn seal(&self, slot: u32, lease: Duration) -> Sealed {
+        let generation = self.word(slot).generation() + 1;
+        self.words.store(slot as usize, Word::Sealed(generation).pack());
+        Sealed { leases: self.clone(), slot, generation, until: Instant::now() + lease }
+    }
+
+    fn open_next(&self, slot: u32, generation: u64) {
+        self.words.store(slot as usize, Word::Open(generation + 1).pack());
+    }
+}
+
+/// A slot under lease. Ends, and the slot's generation is raised, when dropped.
+#[derive(Debug)]
+pub struct Sealed {
+    leases: Leases,
+    slot: u32,
+    generation: u64,
+    until: Instant,
+}
+
+impl Sealed {
+    /// The generation that handles name.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// How long the lease still lasts.
+    pub fn remaining(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    /// Begins the lease's time anew.
+    pub fn renew(&mut self, lease: Duration) {
+        self.until = Instant::now() + lease;
+    }
+
+    /// Waits until the slot may be reused. True if a reader released it, false if time ran out.
+    pub async fn over(&self) -> bool {
+        loop {
+            match self.leases.word(self.slot) {
+                Word::Released(_) => return true,
+                Word::Claimed(_) if Instant::now() >= self.until + LONGEST_READ => return false,
+                Word::Sealed(_) | Word::Open(_) if Instant::now() >= self.until => {
+                    // A claim in this very moment must not be overlooked.
+                    let sealed = Word::Sealed(self.generation).pack();
+                    let open = Word::Open(self.generation + 1).pack();
+                    if self.leases.words.swap_if(self.slot as usize, sealed, open).is_ok() {
+                        return false;
+                    }
+                }
+                _ => {}
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+}
+
+impl Drop for Sealed {
+    fn drop(&mut self) {
+        self.leases.open_next(self.slot, self.generation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_keep_generation_and_state() {
+        for word in [Word::Open(0), Word::Sealed(1), Word::Claimed(7), Word::Released(u64::MAX >> 2)] {
+            assert_eq!(Word::unpack(word.pack()), word);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_unclaimed_lease_ends_and_the_generation_rises() {
+        let leases = Leases::create(1).unwrap();
+        let sealed = leases.seal(0, Duration::from_millis(20));
+        assert_eq!(leases.word(0), Word::Sealed(1));
+        assert!(!sealed.over().await);
+        assert_eq!(leases.word(0), Word::Open(2));
+        drop(sealed);
+        assert_eq!(leases.word(0), Word::Open(2));
+        assert_eq!(leases.seal(0, Duration::ZERO).generation(), 3);
+    }
+}

@@ -1,0 +1,225 @@
+//! The `shm` transport: workers on one host map each other's region, passed as a memfd over a Unix socket.
+//!
+//! The owner listens on a socket and hands every peer that connects a greeting and two descriptors: its region,
+//! which the peer maps read-only, and its lease words. From then on reads need nothing of the owner: its bytes
+//! stay readable even after it died, for as long as a peer has them mapped.
+
+use super::{
+    lease::{Leases, Word},
+    read::{ReadError, Transport, lease_over},
+};
+use forebay_kernels::{Checksum, Region, Words, copy_summed};
+use forebay_schemas::{
+    card::WorkerLease,
+    ids::WorkerId,
+    kv::{KvHandle, KvLayout, LayoutHash},
+};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::HashMap,
+    io::{IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+/// How long a peer waits for the owner's greeting.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A greeting is a small JSON object.
+const GREETING_MAX: usize = 4096;
+
+/// Regions of peers kept mapped; the one mapped first goes first.
+const PEERS_MAX: usize = 256;
+
+/// What an owner says of the descriptors that it passes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Greeting {
+    worker: WorkerId,
+    incarnation: u64,
+    layout: KvLayout,
+    layout_hash: LayoutHash,
+}
+
+/// Identifies the host and its boot: workers with equal ids share memory.
+pub fn host_id() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    format!("{}/{}", read("/proc/sys/kernel/hostname"), read("/proc/sys/kernel/random/boot_id"))
+}
+
+/// The owner's side: greets peers until dropped.
+#[derive(Debug)]
+pub struct ShmOwner {
+    path: PathBuf,
+}
+
+impl ShmOwner {
+    /// Listens on a socket of its own in `folder`.
+    pub fn listen(
+        folder: &Path,
+        worker: &WorkerId,
+        incarnation: u64,
+        kv: (Arc<Region>, KvLayout, LayoutHash),
+        leases: Leases,
+    ) -> std::io::Result<ShmOwner> {
+        std::fs::create_dir_all(folder)?;
+        let path = folder.join(format!("{worker}.sock"));
+        let listener = UnixListener::bind(&path)?;
+        let (region, layout, layout_hash) = kv;
+        let greeting = Greeting { worker: worker.clone(), incarnation, layout, layout_hash };
+        let greeting = serde_json::to_vec(&greeting).expect("plain data always encodes");
+        std::thread::Builder::new().name("kv-shm".into()).spawn(move || {
+            for peer in listener.incoming().flatten() {
+                if let Err(error) = greet(&peer, &greeting, &region, &leases) {
+                    tracing::debug!(%error, "a peer left before it was greeted");
+                }
+            }
+        })?;
+        Ok(ShmOwner { path })
+    }
+
+    /// Where peers connect.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for ShmOwner {
+    fn drop(&mut self) {
+        // Whoever finds no socket computes the KV itself.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn greet(peer: &UnixStream, greeting: &[u8], region: &Region, leases: &Leases) -> rustix::io::Result<()> {
+    let descriptors = [region.fd(), leases.fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    rustix::net::sendmsg(peer, &[IoSlice::new(greeting)], &mut ancillary, SendFlags::NOSIGNAL).map(drop)
+}
+
+fn meet(path: &str) -> Result<(Greeting, OwnedFd, OwnedFd), String> {
+    let stream = UnixStream::connect(path).map_err(|error| format!("{path}: {error}"))?;
+    stream.set_read_timeout(Some(GREETING_TIMEOUT)).map_err(|error| error.to_string())?;
+    let mut bytes = vec![0; GREETING_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::net::recvmsg(
+        stream.as_fd(),
+        &mut [IoSliceMut::new(&mut bytes)],
+        &mut ancillary,
+        RecvFlags::CMSG_CLOEXEC,
+    )
+    .map_err(|error| format!("no greeting: {error}"))?;
+    let mut descriptors = ancillary.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect::<Vec<OwnedFd>>(),
+        _ => Vec::new(),
+    });
+    let (Some(region), Some(words)) = (descriptors.next(), descriptors.next()) else {
+        return Err("the greeting came without descriptors".into());
+    };
+    let greeting = serde_json::from_slice(&bytes[..received.bytes]).map_err(|error| format!("greeting: {error}"))?;
+    Ok((greeting, region, words))
+}
+
+/// Peers whose regions are mapped: mapped once, at the first read.
+#[derive(Default)]
+pub struct ShmPeers {
+    mapped: Mutex<HashMap<(WorkerId, u64), Arc<ShmPeer>>>,
+}
+
+impl ShmPeers {
+    /// The peer that holds a handle's bytes.
+    pub fn peer(&self, handle: &KvHandle, lease: Option<&WorkerLease>) -> Result<Arc<dyn Transport>, ReadError> {
+        let key = (handle.agent.clone(), handle.incarnation);
+        if let Some(peer) = self.mapped.lock().expect("no panics while held").get(&key) {
+            return Ok(peer.clone());
+        }
+        let unreachable = |cause: String| ReadError::Unreachable { agent: handle.agent.clone(), transport: "shm", cause };
+        let lease = lease.ok_or_else(|| unreachable("it has no lease in the registry".into()))?;
+        if lease.host != host_id() {
+            return Err(unreachable(format!("it is on another host ({})", lease.host)));
+        }
+        let peer = Arc::new(ShmPeer::map(&lease.kv_socket, handle).map_err(unreachable)?);
+        let mut mapped = self.mapped.lock().expect("no panics while held");
+        if mapped.len() >= PEERS_MAX
+            && let Some(oldest) = mapped.keys().min_by_key(|(_, incarnation)| *incarnation).cloned()
+        {
+            mapped.remove(&oldest);
+        }
+        mapped.insert(key, peer.clone());
+        Ok(peer)
+    }
+}
+
+/// One peer's region and lease words, mapped here.
+#[derive(Debug)]
+struct ShmPeer {
+    region: Region,
+    words: Words,
+    layout: KvLayout,
+}
+
+impl ShmPeer {
+    fn map(socket: &str, handle: &KvHandle) -> Result<ShmPeer, String> {
+        let (greeting, region, words) = meet(socket)?;
+        let expected = Greeting {
+            worker: handle.agent.clone(),
+            incarnation: handle.incarnation,
+            layout: handle.layout,
+            layout_hash: handle.layout_hash,
+        };
+        if greeting != expected {
+            return Err(format!("the owner says it is {greeting:?}, the handle says {expected:?}"));
+        }
+        let layout = greeting.layout;
+        let region = Region::open(region, layout.region_bytes(), false).map_err(|error| error.to_string())?;
+        let words = Words::open(words, layout.slots as usize).map_err(|error| error.to_string())?;
+        Ok(ShmPeer { region, words, layout })
+    }
+}
+
+impl Transport for ShmPeer {
+    fn name(&self) -> &'static str {
+        "shm"
+    }
+
+    fn claim(&self, handle: &KvHandle) -> Result<(), ReadError> {
+        let (sealed, claimed) = (Word::Sealed(handle.generation).pack(), Word::Claimed(handle.generation).pack());
+        match self.words.swap_if(handle.slot as usize, sealed, claimed) {
+            Ok(()) => Ok(()),
+            // Claimed by a reader that was given up for dead: what it had, this one may read too.
+            Err(found) if found == claimed => Ok(()),
+            Err(found) => Err(lease_over(handle, Word::unpack(found).generation())),
+        }
+    }
+
+    fn read(&self, handle: &KvHandle, group: usize, into: &Region, layout: &KvLayout, slot: u32) -> Result<u64, ReadError> {
+        let planes = KvHandle::group_planes(&layout.geometry, group);
+        let from = self.layout.pieces(handle.slot, handle.tokens, planes.clone());
+        let mut sum = Checksum::default();
+        for ((source, bytes), (target, _)) in from.zip(layout.pieces(slot, handle.tokens, planes)) {
+            copy_summed((&self.region, source), (into, target), bytes, Some(&mut sum));
+        }
+        Ok(sum.value())
+    }
+
+    fn generation(&self, handle: &KvHandle) -> Result<u64, ReadError> {
+        Ok(Word::unpack(self.words.load(handle.slot as usize)).generation())
+    }
+
+    fn release(&self, handle: &KvHandle) {
+        let (claimed, released) = (Word::Claimed(handle.generation).pack(), Word::Released(handle.generation).pack());
+        // Whatever else it is by now, it is no longer this reader's.
+        let _ = self.words.swap_if(handle.slot as usize, claimed, released);
+    }
+}

@@ -1,0 +1,165 @@
+//! The prefill worker: runs prompts for decode workers, and keeps the KV sealed until they have read it.
+//!
+//! pull → claim → run chunk by chunk, sealing each → append the first token → acknowledge → wait for the reader.
+
+use crate::{
+    decode::tokens_of,
+    engine::EngineError,
+    kv::{Sealed, Slot, sums},
+    output::OutputText,
+    runner::{EngineStopped, Output},
+    scheduler::Sequence,
+    worker::Worker,
+};
+use forebay_schemas::{
+    event::{Body, KvReady, PrefillClaimed, PrefillCompleted},
+    kv::{KvHandle, TokenRange},
+    lifecycle::Phase,
+    task::{PrefillTask, Task},
+};
+use forebay_streams::{
+    log::LogRef,
+    tasks::{Delivery, Verdict},
+    writer::{LogWriter, WriteError},
+};
+use std::{sync::Arc, time::Instant};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+/// Prompts that a worker holds in front of their prefill: one that runs, and one to go on with. Further ones stay
+/// in the queue, where other workers can take them.
+pub(crate) const COMPUTING_MAX: usize = 2;
+
+/// Why a prefill was not done here.
+#[derive(Debug, thiserror::Error)]
+enum PrefillError {
+    /// The log can't be extended (any more): the request ended, or another attempt has begun.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The engine refused or failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The engine is gone.
+    #[error(transparent)]
+    Stopped(#[from] EngineStopped),
+}
+
+/// One slot's loop.
+pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, computing: Arc<Semaphore>) {
+    loop {
+        let Ok(permit) = computing.acquire().await else { return };
+        let Some(delivery) = worker.next_task(&stop).await else { return };
+        let Ok(task) = PrefillTask::decode(&delivery.payload) else {
+            tracing::error!("a prefill task is not readable; dropped");
+            worker.answer(&delivery, Verdict::Ack).await;
+            continue;
+        };
+        let slot = Arc::new(worker.slots.take().expect("there are as many loops as slots"));
+        let outcome = {
+            let _alive = worker.keep_alive(&delivery);
+            prefill(&worker, &delivery, &task, &slot).await
+        };
+        worker.runner.remove(slot.index()).await;
+        drop(permit);
+        match outcome {
+            Ok(sealed) => {
+                worker.answer(&delivery, Verdict::Ack).await;
+                if let Some(sealed) = sealed {
+                    let released = sealed.over().await;
+                    tracing::debug!(request = %task.request, released, "the KV is no longer held");
+                }
+            }
+            // Whoever waits for it hears nothing, and prefills for itself; or nobody waits any more.
+            Err(PrefillError::Write(WriteError::Overtaken { .. } | WriteError::Corrupt { .. })) => {
+                worker.answer(&delivery, Verdict::Ack).await;
+            }
+            Err(error) => {
+                tracing::warn!(request = %task.request, %error, "a prefill failed");
+                worker.answer(&delivery, Verdict::Nak).await;
+            }
+        }
+    }
+}
+
+/// Runs a prompt. Returns the lease on its KV, or none if nobody wants it any more.
+async fn prefill(
+    worker: &Arc<Worker>,
+    delivery: &Delivery,
+    task: &PrefillTask,
+    slot: &Arc<Slot>,
+) -> Result<Option<Sealed>, PrefillError> {
+    let log = LogRef { gateway: task.gateway.clone(), request: task.request };
+    let mut writer = LogWriter::open(worker.streams.log.clone(), log).await?;
+    let waiting = matches!(writer.state().phase, Phase::PrefillQueued | Phase::Prefilling);
+    if writer.state().attempt != task.attempt || !waiting {
+        return Ok(None);
+    }
+    let claimed = PrefillClaimed {
+        worker: worker.id.clone(),
+        ack_subject: delivery.ack_subject.clone(),
+        delivery: delivery.delivery,
+    };
+    writer.append(Body::PrefillClaimed(claimed)).await?;
+
+    let state = writer.state();
+    let mut output = OutputText::resume(worker.tokenizer.clone(), worker.eos.clone(), state);
+    let first_index = state.tokens.len() as u32;
+    let sequence = Sequence {
+        slot: slot.index(),
+        tokens: tokens_of(state),
+        filled: 0,
+        sampling: Arc::new(state.accepted.sampling.clone()),
+        next_index: first_index,
+        remaining: 1,
+        eos: Arc::default(),
+    };
+    let begun = Instant::now();
+    let mut outputs = worker.runner.add(sequence).await?;
+    let mut sealed: Option<Sealed> = None;
+    let mut sealed_to = 0;
+    loop {
+        match outputs.recv().await.ok_or(EngineStopped)? {
+            Output::Filled(filled) => {
+                let lease = sealed.get_or_insert_with(|| worker.leases.seal(slot.index(), worker.config.kv_lease));
+                lease.renew(worker.config.kv_lease);
+                let tokens = TokenRange { start: sealed_to, count: filled - sealed_to };
+                let handle = seal(worker, slot, lease, tokens).await;
+                writer.append(Body::KvReady(KvReady { handle })).await?;
+                sealed_to = filled;
+            }
+            Output::Token(token) => {
+                output.push(token);
+                let completed = PrefillCompleted {
+                    first_index,
+                    token,
+                    text: output.release(),
+                    compute_us: begun.elapsed().as_micros() as u64,
+                };
+                writer.append(Body::PrefillCompleted(completed)).await?;
+                return Ok(sealed);
+            }
+            Output::Failed(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Describes positions that the engine has filled and no longer touches.
+async fn seal(worker: &Arc<Worker>, slot: &Arc<Slot>, lease: &Sealed, tokens: TokenRange) -> KvHandle {
+    let layout = worker.runner.card().layout;
+    let (runner, held) = (worker.runner.clone(), slot.clone());
+    let checksums = tokio::task::spawn_blocking(move || sums(runner.kv(), &layout, held.index(), tokens))
+        .await
+        .expect("summing does not panic");
+    KvHandle {
+        agent: worker.id.clone(),
+        incarnation: worker.incarnation,
+        layout,
+        layout_hash: worker.model.layout_hash,
+        slot: slot.index(),
+        generation: lease.generation(),
+        tokens,
+        checksums,
+        lease_remaining_ms: lease.remaining().as_millis() as u32,
+        capability: 0,
+    }
+}

@@ -1,0 +1,249 @@
+//! The engine's thread: schedule → run → hand out, for as long as there is work.
+//!
+//! One engine has one thread, because ONNX Runtime sessions and CUDA graphs want one. Everybody else talks to
+//! it through a [`Runner`]: sequences go in, tokens come out on a bounded channel for each.
+
+use crate::{
+    engine::{Draw, Engine, EngineCard, EngineError, Row, Sampled},
+    scheduler::{Scheduler, Sequence, Step},
+};
+use forebay_kernels::Region;
+use std::{collections::HashMap, sync::Arc};
+use tokio::sync::{mpsc, oneshot};
+
+/// Tokens that wait for one reader. A sequence whose reader is further behind pauses.
+const OUTPUT_MAX: usize = 64;
+
+/// Commands that wait for the engine's thread.
+const COMMANDS_MAX: usize = 1024;
+
+/// What a sequence brings.
+#[derive(Debug)]
+pub enum Output {
+    /// KV of all positions below this is in the slot (said at the end of each chunk of a prompt).
+    Filled(u32),
+    /// The next token.
+    Token(u32),
+    /// The sequence can't go on.
+    Failed(EngineError),
+}
+
+enum Command {
+    Add(Sequence, mpsc::Sender<Output>),
+    Remove(u32, oneshot::Sender<()>),
+    Park(u32, u32),
+}
+
+/// A handle on the engine's thread, which ends when the last handle is dropped.
+#[derive(Clone)]
+pub struct Runner {
+    commands: mpsc::Sender<Command>,
+    card: Arc<EngineCard>,
+    kv: Arc<Region>,
+}
+
+/// The engine's thread is gone: the engine panicked, and the worker must end.
+#[derive(Debug, thiserror::Error)]
+#[error("the engine has stopped")]
+pub struct EngineStopped;
+
+impl Runner {
+    /// Starts the thread.
+    pub fn start(engine: Box<dyn Engine>, chunk_tokens: u32) -> Runner {
+        let card = Arc::new(engine.card().clone());
+        let kv = engine.kv().clone();
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let scheduler = Scheduler::new(card.layout.slots, chunk_tokens);
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || EngineLoop { engine, scheduler, outputs: HashMap::new(), inbox, drawn: Vec::new() }.run())
+            .expect("a thread can be started");
+        Runner { commands, card, kv }
+    }
+
+    /// Facts about the model.
+    pub fn card(&self) -> &Arc<EngineCard> {
+        &self.card
+    }
+
+    /// The KV region.
+    pub fn kv(&self) -> &Arc<Region> {
+        &self.kv
+    }
+
+    /// Runs a sequence. Its outputs end when it has drawn its last token or was removed.
+    pub async fn add(&self, sequence: Sequence) -> Result<mpsc::Receiver<Output>, EngineStopped> {
+        let (sender, receiver) = mpsc::channel(OUTPUT_MAX);
+        self.commands.send(Command::Add(sequence, sender)).await.map_err(|_| EngineStopped)?;
+        Ok(receiver)
+    }
+
+    /// Takes a sequence out, if it still runs. When this returns, the engine no longer touches the slot but for
+    /// scratch writes at its parked position.
+    pub async fn remove(&self, slot: u32) {
+        let (done, wait) = oneshot::channel();
+        if self.commands.send(Command::Remove(slot, done)).await.is_ok() {
+            let _ = wait.await;
+        }
+    }
+
+    /// Tells where scratch writes to an unused slot may go: see [`Scheduler::park`].
+    pub async fn park(&self, slot: u32, positions: u32) {
+        let _ = self.commands.send(Command::Park(slot, positions)).await;
+    }
+}
+
+struct EngineLoop {
+    engine: Box<dyn Engine>,
+    scheduler: Scheduler,
+    outputs: HashMap<u32, mpsc::Sender<Output>>,
+    inbox: mpsc::Receiver<Command>,
+    drawn: Vec<Sampled>,
+}
+
+impl EngineLoop {
+    fn run(mut self) {
+        loop {
+            while let Ok(command) = self.inbox.try_recv() {
+                self.obey(command);
+            }
+            let step = self.scheduler.plan(|slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1));
+            if step == Step::default() && !self.wait() {
+                return;
+            }
+            self.run_chunk(&step);
+            self.run_rows(&step);
+        }
+    }
+
+    /// Waits for a command, or, if sequences wait for their readers, a moment. False when nobody is left.
+    fn wait(&mut self) -> bool {
+        if !self.scheduler.is_idle() {
+            self.drop_unread();
+            std::thread::sleep(std::time::Duration::from_micros(200));
+            return true;
+        }
+        match self.inbox.blocking_recv() {
+            Some(command) => {
+                self.obey(command);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Add(sequence, output) => {
+                self.outputs.insert(sequence.slot, output);
+                self.scheduler.add(sequence);
+            }
+            Command::Remove(slot, done) => {
+                self.leave(slot);
+                let _ = done.send(());
+            }
+            Command::Park(slot, positions) => self.scheduler.park(slot, positions),
+        }
+    }
+
+    fn leave(&mut self, slot: u32) {
+        self.scheduler.remove(slot);
+        self.outputs.remove(&slot);
+    }
+
+    /// Sequences that nobody reads any more leave.
+    fn drop_unread(&mut self) {
+        let unread: Vec<u32> = self.outputs.iter().filter(|(_, out)| out.is_closed()).map(|(slot, _)| *slot).collect();
+        unread.into_iter().for_each(|slot| self.leave(slot));
+    }
+
+    fn run_chunk(&mut self, step: &Step) {
+        let Some(chunk) = &step.chunk else { return };
+        let Some(sequence) = self.scheduler.sequence(chunk.slot) else { return };
+        let tokens = &sequence.tokens[chunk.start as usize..(chunk.start + chunk.count) as usize];
+        let draw = chunk.last.then_some(Draw { sampling: &sequence.sampling, index: sequence.next_index });
+        match self.engine.prefill(chunk.slot, chunk.start, tokens, draw) {
+            Ok(sampled) => {
+                self.scheduler.filled(chunk);
+                self.send(chunk.slot, Output::Filled(chunk.start + chunk.count));
+                if let Some(sampled) = sampled {
+                    self.hand_out(chunk.slot, sampled);
+                }
+            }
+            Err(error) => self.fail(chunk.slot, error),
+        }
+    }
+
+    fn run_rows(&mut self, step: &Step) {
+        let row = |slot: &u32| {
+            let sequence = self.scheduler.sequence(*slot)?;
+            Some(Row {
+                slot: *slot,
+                position: sequence.filled,
+                token: *sequence.tokens.last()?,
+                draw: Draw { sampling: &sequence.sampling, index: sequence.next_index },
+            })
+        };
+        let rows: Vec<Row<'_>> = step.rows.iter().filter_map(row).collect();
+        if rows.is_empty() {
+            return;
+        }
+        let slots: Vec<u32> = rows.iter().map(|row| row.slot).collect();
+        let mut drawn = std::mem::take(&mut self.drawn);
+        let outcome = self.engine.decode(&rows, self.scheduler.parked(), &mut drawn);
+        drop(rows);
+        match outcome {
+            Ok(()) => {
+                for (slot, sampled) in slots.into_iter().zip(&drawn) {
+                    self.scheduler.stepped(slot);
+                    self.hand_out(slot, *sampled);
+                }
+            }
+            Err(error) => self.fail_rows(&slots, error),
+        }
+        self.drawn = drawn;
+    }
+
+    /// An error of one slot ends that slot's sequence, one of the runtime ends all that took part.
+    fn fail_rows(&mut self, slots: &[u32], error: EngineError) {
+        if let Some(slot) = slot_of(&error) {
+            return self.fail(slot, error);
+        }
+        let text = error.to_string();
+        slots.iter().for_each(|slot| self.fail(*slot, EngineError::Runtime(text.clone())));
+    }
+
+    fn hand_out(&mut self, slot: u32, sampled: Sampled) {
+        let goes_on = self.scheduler.drawn(slot, sampled.token);
+        self.send(slot, Output::Token(sampled.token));
+        if !goes_on {
+            self.outputs.remove(&slot);
+        }
+    }
+
+    fn fail(&mut self, slot: u32, error: EngineError) {
+        tracing::warn!(slot, %error, "a sequence failed");
+        self.send(slot, Output::Failed(error));
+        self.leave(slot);
+    }
+
+    /// `plan` only runs sequences whose channel has room for what one step can bring.
+    fn send(&mut self, slot: u32, output: Output) {
+        if let Some(sender) = self.outputs.get(&slot)
+            && sender.try_send(output).is_err()
+        {
+            self.leave(slot);
+        }
+    }
+}
+
+/// The one slot that an error concerns, if it does not concern the whole engine.
+fn slot_of(error: &EngineError) -> Option<u32> {
+    match error {
+        EngineError::ContextFull { slot, .. }
+        | EngineError::UnknownToken { slot, .. }
+        | EngineError::NotFinite { slot, .. }
+        | EngineError::DamagedKv { slot, .. } => Some(*slot),
+        EngineError::Runtime(_) => None,
+    }
+}

@@ -1,0 +1,277 @@
+//! One worker process: its identity, what it shares between requests, and its life from registration to drain.
+
+use crate::{
+    decode,
+    engine::{Engine, EngineCard},
+    kv::{KvPeers, Leases, SlotPool, shm},
+    prefill,
+    runner::Runner,
+};
+use forebay_schemas::{
+    card::{ModelCard, WorkerLease},
+    ids::{RequestId, WorkerId},
+    task::Role,
+};
+use forebay_streams::{
+    StreamError, Streams,
+    registry::Workers,
+    tasks::{Delivery, Verdict},
+};
+use futures::StreamExt;
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokenizers::Tokenizer;
+use tokio::{sync::watch, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+/// How long one pull waits at the server.
+const PULL_WAIT: Duration = Duration::from_secs(30);
+
+/// Pause after a pull that failed.
+const PULL_PAUSE: Duration = Duration::from_secs(1);
+
+/// Settings of one worker.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// What it does.
+    pub role: Role,
+    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself.
+    pub max_local_prefill_length: u32,
+    /// Tokens of one prefill step.
+    pub chunk_tokens: u32,
+    /// How long sealed KV waits for its reader.
+    pub kv_lease: Duration,
+    /// How long a decode worker waits for any sign of a remote prefill before it does it itself.
+    pub prefill_patience: Duration,
+    /// How long running requests may go on after the worker was told to stop.
+    pub grace: Duration,
+    /// Folder for the Unix socket of the `shm` transport.
+    pub socket_folder: PathBuf,
+}
+
+/// Why a worker ended.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// NATS failed at start.
+    #[error(transparent)]
+    Streams(#[from] StreamError),
+    /// Shared memory could not be had.
+    #[error(transparent)]
+    Region(#[from] forebay_kernels::RegionError),
+    /// The socket of the `shm` transport could not be made.
+    #[error("socket folder {folder}: {source}")]
+    Socket {
+        /// Which folder.
+        folder: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+}
+
+/// What all requests of a worker share.
+pub(crate) struct Worker {
+    pub(crate) id: WorkerId,
+    pub(crate) incarnation: u64,
+    pub(crate) config: WorkerConfig,
+    pub(crate) model: ModelCard,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) eos: Arc<[u32]>,
+    pub(crate) streams: Streams,
+    pub(crate) runner: Runner,
+    pub(crate) slots: SlotPool,
+    pub(crate) leases: Leases,
+    pub(crate) peers: KvPeers,
+    pub(crate) workers: watch::Receiver<Workers>,
+    running: Mutex<HashMap<RequestId, CancelFlag>>,
+}
+
+/// Raised when a request is no longer wanted; carries the cause.
+#[derive(Clone, Default)]
+pub(crate) struct CancelFlag {
+    raised: CancellationToken,
+    cause: Arc<Mutex<String>>,
+}
+
+impl CancelFlag {
+    fn raise(&self, cause: String) {
+        *self.cause.lock().expect("no panics while held") = cause;
+        self.raised.cancel();
+    }
+
+    /// Waits until the request is no longer wanted, and says why.
+    pub(crate) async fn raised(&self) -> String {
+        self.raised.cancelled().await;
+        self.cause.lock().expect("no panics while held").clone()
+    }
+}
+
+/// Runs a worker until `stop` is cancelled and its requests have ended, or the grace period is over.
+///
+/// `model` is published as the model's card; its `context_tokens` and `layout_hash` must be the engine's.
+pub async fn run(
+    config: WorkerConfig,
+    engine: Box<dyn Engine>,
+    model: ModelCard,
+    tokenizer: Arc<Tokenizer>,
+    streams: Streams,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
+    let id = WorkerId::random(config.role.as_str());
+    let incarnation = forebay_streams::writer::now_us();
+    let EngineCard { layout, layout_hash, .. } = *engine.card();
+    let runner = Runner::start(engine, config.chunk_tokens);
+    let leases = Leases::create(layout.slots)?;
+    let kv = (runner.kv().clone(), layout, layout_hash);
+    let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv, leases.clone())
+        .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
+    streams.tasks.ensure(&model.key).await?;
+    streams.registry.publish_model(&model).await?;
+    let worker = Arc::new(Worker {
+        id,
+        incarnation,
+        eos: model.eos_token_ids.clone().into(),
+        model,
+        tokenizer,
+        workers: streams.registry.workers().await?,
+        streams,
+        runner,
+        slots: SlotPool::new(layout.slots),
+        leases,
+        peers: KvPeers::new(layout_hash),
+        running: Mutex::default(),
+        config,
+    });
+    tracing::info!(worker = %worker.id, model = worker.model.name, slots = layout.slots, "ready");
+    let background = [
+        tokio::spawn(worker.clone().hold_lease(owner.path().display().to_string())),
+        tokio::spawn(worker.clone().hear_cancels()),
+    ];
+    worker.clone().serve(stop).await;
+    background.iter().for_each(tokio::task::JoinHandle::abort);
+    if let Err(error) = worker.streams.registry.resign(&worker.id).await {
+        tracing::debug!(%error, "the lease will lapse by itself");
+    }
+    Ok(())
+}
+
+impl Worker {
+    /// One loop for each slot, each: pull → see the task to its end → pull the next. So the worker never holds
+    /// more tasks than it has room for.
+    async fn serve(self: Arc<Self>, stop: CancellationToken) {
+        let prefills = Arc::new(tokio::sync::Semaphore::new(prefill::COMPUTING_MAX));
+        let mut loops = JoinSet::new();
+        for _ in 0..self.slots.total() {
+            match self.config.role {
+                Role::Decode => loops.spawn(decode::serve(self.clone(), stop.clone())),
+                Role::Prefill => loops.spawn(prefill::serve(self.clone(), stop.clone(), prefills.clone())),
+            };
+        }
+        stop.cancelled().await;
+        tracing::info!(running = self.running.lock().expect("no panics while held").len(), "draining");
+        let drained = async { while loops.join_next().await.is_some() {} };
+        if tokio::time::timeout(self.config.grace, drained).await.is_err() {
+            tracing::warn!("the grace period is over; the rest is left to other workers");
+        }
+    }
+
+    /// The next task, or none when the worker is to stop.
+    pub(crate) async fn next_task(&self, stop: &CancellationToken) -> Option<Delivery> {
+        while !stop.is_cancelled() {
+            let pull = self.streams.tasks.pull(self.config.role, &self.model.key, PULL_WAIT);
+            let pulled = tokio::select! {
+                pulled = pull => pulled,
+                () = stop.cancelled() => return None,
+            };
+            match pulled {
+                Ok(Some(delivery)) => return Some(delivery),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "pull failed; trying again");
+                    tokio::time::sleep(PULL_PAUSE).await;
+                }
+            }
+        }
+        None
+    }
+
+    /// Keeps a delivered task from being delivered again for as long as the guard lives.
+    pub(crate) fn keep_alive(&self, delivery: &Delivery) -> KeepAlive {
+        let (tasks, subject) = (self.streams.tasks.clone(), delivery.ack_subject.clone());
+        KeepAlive(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(tasks.ack_wait() / 3).await;
+                let _ = tasks.answer(&subject, Verdict::Progress).await;
+            }
+        }))
+    }
+
+    /// Says how a delivered task went. An answer that gets lost costs a redelivery.
+    pub(crate) async fn answer(&self, delivery: &Delivery, verdict: Verdict) {
+        if let Err(error) = self.streams.tasks.answer(&delivery.ack_subject, verdict).await {
+            tracing::debug!(%error, "a verdict was not sent; the task will come again");
+        }
+    }
+
+    /// Notes that a request runs here, so that a cancel finds it.
+    pub(crate) fn enter(&self, request: RequestId) -> CancelFlag {
+        let flag = CancelFlag::default();
+        self.running.lock().expect("no panics while held").insert(request, flag.clone());
+        flag
+    }
+
+    /// Notes that it no longer does.
+    pub(crate) fn leave(&self, request: RequestId) {
+        self.running.lock().expect("no panics while held").remove(&request);
+    }
+
+    async fn hear_cancels(self: Arc<Self>) {
+        loop {
+            match self.streams.tasks.cancel_signals(&self.id).await {
+                Ok(mut signals) => {
+                    while let Some(signal) = signals.next().await {
+                        let flag = self.running.lock().expect("no panics while held").get(&signal.request).cloned();
+                        if let Some(flag) = flag {
+                            flag.raise(signal.cause);
+                        }
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "no cancel signals; the log still tells"),
+            }
+            tokio::time::sleep(PULL_PAUSE).await;
+        }
+    }
+
+    async fn hold_lease(self: Arc<Self>, kv_socket: String) {
+        let host = shm::host_id();
+        loop {
+            let lease = WorkerLease {
+                worker: self.id.clone(),
+                incarnation: self.incarnation,
+                role: self.config.role,
+                model: self.model.key.clone(),
+                layout_hash: self.model.layout_hash,
+                slots: self.slots.total(),
+                free_slots: self.slots.free(),
+                host: host.clone(),
+                kv_socket: kv_socket.clone(),
+            };
+            if let Err(error) = self.streams.registry.renew(&lease).await {
+                tracing::warn!(%error, "the worker's lease was not renewed");
+            }
+            tokio::time::sleep(self.streams.registry.lease_time() / 3).await;
+        }
+    }
+}
+
+/// See [`Worker::keep_alive`].
+pub(crate) struct KeepAlive(tokio::task::JoinHandle<()>);
+
+impl Drop for KeepAlive {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
