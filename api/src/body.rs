@@ -3,7 +3,10 @@
 use crate::error::{ApiError, ErrorCode};
 use axum::{
     extract::Request,
-    http::header::{CONTENT_LENGTH, CONTENT_TYPE},
+    http::{
+        HeaderMap,
+        header::{CONTENT_LENGTH, CONTENT_TYPE},
+    },
 };
 use serde::de::DeserializeOwned;
 use std::time::Duration;
@@ -13,40 +16,38 @@ const READ_MAX: Duration = Duration::from_secs(30);
 
 /// A body of JSON.
 pub(crate) async fn json<T: DeserializeOwned>(http: Request, bytes_max: usize) -> Result<T, ApiError> {
-    let header = |name| http.headers().get(&name).and_then(|value| value.to_str().ok());
-    let content_type = header(CONTENT_TYPE).unwrap_or("nothing");
+    check(http.headers(), bytes_max)?;
+    let read = axum::body::to_bytes(http.into_body(), bytes_max);
+    match tokio::time::timeout(READ_MAX, read).await {
+        Ok(Ok(bytes)) => parse(&bytes),
+        Ok(Err(error)) if is_length_limit(&error) => Err(too_large(bytes_max)),
+        Ok(Err(error)) => Err(ApiError::new(ErrorCode::InvalidJson, format!("the body broke off: {error}"))),
+        Err(_) => {
+            let message = format!("the body took over {} s; send it faster", READ_MAX.as_secs());
+            Err(ApiError::new(ErrorCode::RequestTimeout, message))
+        }
+    }
+}
+
+/// What can be said before the body is read: a client that sends all of it first may never read the answer.
+fn check(headers: &HeaderMap, bytes_max: usize) -> Result<(), ApiError> {
+    let header = |name| headers.get(&name).and_then(|value| value.to_str().ok());
+    let content_type = header(CONTENT_TYPE).unwrap_or("missing");
     if !is_json(content_type) {
         return Err(ApiError::new(
             ErrorCode::UnsupportedMediaType,
             format!("the content type is {content_type}; send application/json"),
         ));
     }
-    let too_large = || {
-        ApiError::new(
-            ErrorCode::RequestTooLarge,
-            format!("the body is over {bytes_max} bytes; send a shorter one"),
-        )
-    };
-    // Said before it is read: a client that sends it all first may never read the answer.
-    if header(CONTENT_LENGTH)
-        .and_then(|bytes| bytes.parse().ok())
-        .is_some_and(|bytes: usize| bytes > bytes_max)
-    {
-        return Err(too_large());
-    }
-    let read = axum::body::to_bytes(http.into_body(), bytes_max);
-    let bytes = match tokio::time::timeout(READ_MAX, read).await {
-        Ok(Ok(bytes)) => bytes,
-        Ok(Err(error)) if is_length_limit(&error) => return Err(too_large()),
-        Ok(Err(error)) => {
-            return Err(ApiError::new(ErrorCode::InvalidJson, format!("the body broke off: {error}")));
-        }
-        Err(_) => {
-            let message = format!("the body took over {} s; send it faster", READ_MAX.as_secs());
-            return Err(ApiError::new(ErrorCode::RequestTimeout, message));
-        }
-    };
-    parse(&bytes)
+    let announced = header(CONTENT_LENGTH).and_then(|bytes| bytes.parse::<usize>().ok());
+    if announced.is_some_and(|bytes| bytes > bytes_max) { Err(too_large(bytes_max)) } else { Ok(()) }
+}
+
+fn too_large(bytes_max: usize) -> ApiError {
+    ApiError::new(
+        ErrorCode::RequestTooLarge,
+        format!("the body is over {bytes_max} bytes; send a shorter one"),
+    )
 }
 
 fn is_json(content_type: &str) -> bool {

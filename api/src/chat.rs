@@ -43,5 +43,3 @@ async fn respond(gateway: &Arc<Shared>, id: RequestId, http: Request) -> Result<
 fn drawn_seed() -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().1 >> 11
 }
-fn zz_send<T: Send>(_: T) {}
-fn zz(g: Arc<Shared>, r: Request) { zz_send(chat(State(g), r)); }

@@ -37,6 +37,8 @@ pub struct GatewayConfig {
     pub request_timeout: Duration,
     /// Requests under way at once; one more is answered with 429.
     pub in_flight_max: usize,
+    /// Open connections at once; more wait to be accepted.
+    pub connections_max: usize,
     /// Bytes of a request's body; a longer one is answered with 413.
     pub body_bytes_max: usize,
     /// The longest silence on a stream before a comment is sent.
@@ -51,6 +53,7 @@ impl Default for GatewayConfig {
             gateway: GatewayId::random("gw"),
             request_timeout: Duration::from_secs(600),
             in_flight_max: 1024,
+            connections_max: 4096,
             body_bytes_max: 4 << 20,
             keep_alive: Duration::from_secs(15),
             grace: Duration::from_secs(30),

@@ -17,7 +17,7 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     follow::Follow,
-    log::{LogRef, Recorded},
+    log::{AppendError, LogRef, Recorded},
     tasks::enqueue,
     writer::LogWriter,
 };
@@ -85,7 +85,12 @@ impl Running {
         let mut writer = match LogWriter::create(gateway.streams.log.clone(), log, accepted).await {
             Ok(writer) => writer,
             Err(error) => {
-                keeper.abandon("the gateway could not tell whether the log took the request");
+                match error {
+                    AppendError::Unavailable(_) => {
+                        keeper.abandon("the gateway can't tell whether it is in the log");
+                    }
+                    AppendError::Full(_) | AppendError::Conflict { .. } => keeper.ended(),
+                }
                 return Err(ApiError::from(&error));
             }
         };
@@ -99,7 +104,7 @@ impl Running {
             }
             return Err(ApiError::from(&error));
         }
-        let mut quiet = tokio::time::interval(gateway.config.keep_alive / 2);
+        let mut quiet = tokio::time::interval((gateway.config.keep_alive / 2).max(Duration::from_millis(1)));
         quiet.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Running { events, writer, keeper, meter, stop: stop(gateway, timeout), quiet })
     }

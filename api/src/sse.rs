@@ -55,7 +55,9 @@ impl Answer {
         while !self.ended {
             match self.running.next().await {
                 Step::Events(events) => {
-                    events.iter().for_each(|recorded| self.tell(News::of(&recorded.event.body)))
+                    for recorded in &events {
+                        self.tell(News::of(&recorded.event.body));
+                    }
                 }
                 Step::Quiet if self.silent => self.chunks.comment(&mut self.frame),
                 Step::Quiet => self.silent = true,

@@ -73,7 +73,7 @@ impl ChatTemplate {
         // Last, so that a client's variables do not replace the conversation.
         variables.extend(given);
         let template = self.environment.get_template(NAME).expect("added when it was compiled");
-        template.render(Value::from_iter(variables)).map_err(|error| {
+        template.render(Value::from_pairs(variables)).map_err(|error| {
             let message = format!("the chat template refuses these messages: {}", reason(&error));
             ApiError::of(ErrorCode::TemplateFailed, "messages", message)
         })
@@ -101,6 +101,8 @@ fn strftime(now: OffsetDateTime, format: &str) -> Result<String, Error> {
 }
 
 /// Python's `json.dumps` with `ensure_ascii=False`. Unlike minijinja's own filter, nothing is escaped for HTML.
+// Keyword arguments come by value.
+#[expect(clippy::needless_pass_by_value)]
 fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     // Hugging Face's filter has these too; their defaults are what templates use.

@@ -1,1 +1,73 @@
-fn main() {}
+//! `forebay`: one binary, all roles.
+
+mod ask;
+mod bench;
+mod config;
+mod demo;
+mod doctor;
+mod gateway;
+mod log;
+mod model;
+mod up;
+mod worker;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Serves large language models: requests wait in NATS JetStream, workers take what they can, and everything that
+/// happens to a request is an event in its log.
+#[derive(Parser)]
+#[command(name = "forebay", version, max_term_width = 110)]
+#[command(after_help = "Begin with `forebay up`: it starts everything on this machine, with a small built-in model.\n\
+Settings come from flags, then the environment, then a TOML file (--config, or FOREBAY_CONFIG) whose keys\n\
+are the long names of flags.")]
+struct Cli {
+    /// File with settings, in TOML.
+    #[arg(long, global = true, env = "FOREBAY_CONFIG", value_name = "FILE")]
+    config: Option<std::path::PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run everything on this machine: NATS, gateway, prefill and decode workers.
+    Up(up::UpArgs),
+    /// Run a gateway: the OpenAI-compatible HTTP API.
+    Gateway(gateway::GatewayArgs),
+    /// Run a worker, which takes tasks from the queues and runs the model.
+    Worker(worker::WorkerArgs),
+    /// Show what happened to a request, as a timeline.
+    Log(log::LogArgs),
+    /// Check this machine, the NATS server and a model, and say what to do about problems.
+    Doctor(doctor::DoctorArgs),
+    /// Measure: the control plane, the engine, KV reads, or any OpenAI-compatible server.
+    Bench(bench::BenchArgs),
+}
+
+fn main() -> ExitCode {
+    let outcome = config::apply_file(Cli::command()).and_then(|mut command| {
+        let matches = command.get_matches_mut();
+        let settings = config::as_environment(&command, &matches);
+        run(Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()).command, settings)
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("forebay: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `settings`: the given flags as environment variables, for processes that this one starts.
+fn run(command: Command, settings: Vec<(String, String)>) -> anyhow::Result<()> {
+    match command {
+        Command::Up(args) => up::run(args, settings),
+        Command::Gateway(args) => gateway::run(args),
+        Command::Worker(args) => worker::run(args),
+        Command::Log(args) => log::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(args),
+    }
+}

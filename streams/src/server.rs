@@ -2,6 +2,7 @@
 
 use std::{
     net::TcpListener,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -9,6 +10,9 @@ use std::{
 
 /// How long a server may take until it accepts connections. Recovering large streams takes longest.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a server may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why there is no server.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +80,7 @@ impl Server {
             move |source| ServerError::Io { path, source }
         };
         std::fs::create_dir_all(folder).map_err(io(folder))?;
+        Server::stop_leftover(folder);
         let port = if port == 0 { free_port().map_err(io(folder))? } else { port };
         let config = folder.join("nats.conf");
         let text = format!(
@@ -115,6 +120,38 @@ impl Server {
         let _ = self.process.wait();
     }
 
+    /// Stops it in good order.
+    pub fn stop(&mut self) {
+        if let Some(pid) = rustix::process::Pid::from_raw(self.process.id() as i32) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let give_up = Instant::now() + STOP_TIMEOUT;
+        while self.is_running() && Instant::now() < give_up {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.kill();
+    }
+
+    /// Stops the server that an earlier process left running on a folder. Returns whether there was one.
+    pub fn stop_leftover(folder: &Path) -> bool {
+        let pid = std::fs::read_to_string(folder.join("nats.pid")).ok().and_then(|pid| pid.trim().parse::<i32>().ok());
+        let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else { return false };
+        let process = PathBuf::from(format!("/proc/{}/cmdline", pid.as_raw_nonzero()));
+        let is_it = || {
+            let command = std::fs::read(&process).unwrap_or_default();
+            String::from_utf8_lossy(&command).contains(&*folder.join("nats.conf").to_string_lossy())
+        };
+        if !is_it() {
+            return false;
+        }
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let give_up = Instant::now() + STOP_TIMEOUT;
+        while is_it() && Instant::now() < give_up {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        true
+    }
+
     /// Starts it again on its files and port.
     pub fn restart(&mut self) -> Result<(), ServerError> {
         self.kill();
@@ -148,6 +185,8 @@ fn spawn(program: &Path, folder: &Path) -> Result<Child, ServerError> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
+        // Ctrl-C is for whoever started this, who stops it last.
+        .process_group(0)
         .spawn()
         .map_err(|error| ServerError::Failed {
             program: program.to_owned(),

@@ -8,6 +8,7 @@
 pub mod decode;
 pub mod engine;
 pub mod kv;
+pub mod model;
 pub mod output;
 pub mod prefill;
 pub mod runner;

@@ -34,26 +34,30 @@ fn fp32_agrees_with_transformers() {
     }
 }
 
+/// Random weights are the worst case of rounding: nothing in them is redundant. The bounds are a third above what was
+/// measured, and tell a wrong layout (an error of 1 and more) from rounding.
 #[test]
 fn quantized_weights_stay_close() {
-    for case in CASES {
-        let reference = Reference::read(case);
-        for (precision, bound) in [
-            (Precision::Int8 { block: 32 }, 0.12),
-            (Precision::Int8 { block: 128 }, 0.12),
-            (INT4, 0.9),
-            (Precision::Int4 { block: 128 }, 1.3),
-        ] {
+    for (precision, bound) in [
+        (Precision::Int8 { block: 32 }, 0.04),
+        (Precision::Int8 { block: 128 }, 0.05),
+        (INT4, 0.45),
+        (Precision::Int4 { block: 128 }, 0.6),
+    ] {
+        for case in CASES {
+            let reference = Reference::read(case);
             let mut engine = open(case, precision);
+            let (mut square, mut error) = (0.0, 0.0);
             for (number, prompt) in reference.prompts.iter().enumerate() {
                 engine.prefill(0, 0, &prompt.ids, Some(greedy(0))).unwrap();
-                let expected = reference.logits(&format!("last_logits.{number}"));
-                // Relative to the spread of the logits, which random checkpoints have and real ones have more of.
-                let spread = (expected.iter().map(|x| x * x).sum::<f32>() / expected.len() as f32).sqrt();
-                let apart = logits_apart(engine.logits(), &expected) / spread;
-                eprintln!("{case} {precision} prompt {number}: {apart:.4} of the spread");
-                assert!(apart < bound, "{case} {precision}: {apart} of the spread apart on prompt {number}");
+                for (x, exact) in engine.logits().iter().zip(reference.logits(&format!("last_logits.{number}"))) {
+                    square += exact * exact;
+                    error += (x - exact) * (x - exact);
+                }
             }
+            let relative = (error / square).sqrt();
+            eprintln!("{case}, {precision}: logits off by {relative:.3} of their size");
+            assert!(relative < bound, "{case}, {precision}: logits off by {relative} of their size");
         }
     }
 }
@@ -146,32 +150,39 @@ fn a_ragged_batch_draws_what_each_row_draws_alone() {
     }
 }
 
+/// The largest distance between the logits of four rows of unlike length decoded together and each of them alone.
+fn together_and_alone_apart(case: &str, precision: Precision) -> f32 {
+    let reference = Reference::read(case);
+    let mut engine = open(case, precision);
+    let vocab = engine.card().vocab as usize;
+    let rows: Vec<Row<'_>> = (0..4)
+        .map(|slot| {
+            let prompt = &reference.prompts[slot as usize];
+            engine.prefill(slot, 0, &prompt.ids, None).unwrap();
+            Row { slot, position: prompt.ids.len() as u32, token: prompt.greedy[0], draw: greedy(1) }
+        })
+        .collect();
+    let mut out = Vec::new();
+    engine.decode(&rows, &[0; 4], &mut out).unwrap();
+    let together = engine.logits().to_vec();
+    let parked: Vec<u32> = rows.iter().map(|row| row.position).collect();
+    let apart = rows.iter().zip(together.chunks_exact(vocab)).map(|(row, together)| {
+        engine.decode(&[*row], &parked, &mut out).unwrap();
+        logits_apart(engine.logits(), together)
+    });
+    apart.fold(0.0, f32::max)
+}
+
 #[test]
 fn a_ragged_batch_has_the_logits_of_each_row_alone_bit_for_bit() {
     for case in CASES {
-        let reference = Reference::read(case);
-        for precision in [Precision::F32, INT4, Precision::Int4 { block: 128 }, Precision::Int8 { block: 32 }] {
-            let mut engine = open(case, precision);
-            let vocab = engine.card().vocab as usize;
-            let rows: Vec<Row<'_>> = (0..4)
-                .map(|i| {
-                    let prompt = &reference.prompts[i as usize];
-                    engine.prefill(i, 0, &prompt.ids, None).unwrap();
-                    Row { slot: i, position: prompt.ids.len() as u32, token: prompt.greedy[0], draw: greedy(1) }
-                })
-                .collect();
-            let mut out = Vec::new();
-            engine.decode(&rows, &[0; 4], &mut out).unwrap();
-            let together = engine.logits().to_vec();
-            let parked: Vec<u32> = rows.iter().map(|row| row.position).collect();
-            for (i, row) in rows.iter().enumerate() {
-                engine.decode(&[*row], &parked, &mut out).unwrap();
-                let same = engine.logits() == &together[i * vocab..][..vocab];
-                assert!(same, "{case} {precision}: row {i} is {} apart", {
-                    logits_apart(engine.logits(), &together[i * vocab..][..vocab])
-                });
-            }
+        for precision in [Precision::F32, INT4, Precision::Int8 { block: 32 }] {
+            assert_eq!(together_and_alone_apart(case, precision), 0.0, "{case}, {precision}");
         }
+        // ONNX Runtime's kernels for longer blocks sum in another order for one row than for several.
+        let block_128 = Precision::Int4 { block: 128 };
+        let apart = together_and_alone_apart(case, block_128);
+        assert!(apart < 1e-4, "{case}, {block_128}: {apart}");
     }
 }
 

@@ -102,7 +102,7 @@ fn llama2_style_raises_and_trims() {
 
 #[test]
 fn tools_are_none_not_undefined() {
-    assert_eq!(text("{% if tools is not none %}tools{% endif %}{{ tools is defined }}"), "true");
+    assert_eq!(text("{% if tools is not none %}tools{% endif %}{{ tools is defined }}"), "True");
 }
 
 #[test]

@@ -25,7 +25,8 @@ fn card() -> ModelCard {
 
 fn request(more: Value) -> ChatRequest {
     let mut request = json!({ "model": "demo", "messages": [{ "role": "user", "content": "hi" }] });
-    request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let Value::Object(more) = more else { panic!("fields") };
+    request.as_object_mut().unwrap().extend(more);
     serde_json::from_value(request).unwrap()
 }
 

@@ -46,6 +46,31 @@ impl MappedFile {
     pub(super) fn bytes(&self) -> &[u8] {
         self.0.as_deref().unwrap_or_default()
     }
+
+    /// Lets the system take back the memory of a range that was read for the last time, or will be for a while.
+    pub(super) fn release(&self, range: Range<usize>) {
+        let Some(map) = &self.0 else { return };
+        // SAFETY: dropping pages of a mapping that is never written loses nothing: they are read from the file again.
+        let advised = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        // Advice may be refused, and then the pages stay.
+        let _ = advised;
+    }
+}
+
+/// Runs `work` compiled for 256-bit vectors where the processor has them. The same operations in the same order, so
+/// the same results: nothing is contracted into fused multiply-adds.
+#[inline]
+pub(super) fn with_wide_vectors<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx2") {
+        #[target_feature(enable = "avx2")]
+        fn wide<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        // SAFETY: the processor was just found to have AVX2.
+        return unsafe { wide(work) };
+    }
+    work()
 }
 
 /// Checks a status and frees it.
@@ -434,7 +459,7 @@ impl Program {
     }
 
     /// Runs the graph once, on the calling thread and the session's pool.
-    pub(super) fn run(&mut self, step: Step<'_>) -> ort::Result<()> {
+    pub(super) fn run(&mut self, step: &mut Step<'_>) -> ort::Result<()> {
         let pointers = |names: &[CString]| names.iter().map(|name| name.as_ptr()).collect::<Vec<_>>();
         let (input_names, output_names) = (pointers(&self.inputs), pointers(&self.outputs));
         let first = [&step.input_ids.value, &step.seqlens_k.value, &step.total_len.value, &step.last.value];

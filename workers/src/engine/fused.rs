@@ -4,6 +4,7 @@
 //! takes the place of Split, four Reshapes and two norms between the QKV product and the attention, and hands the
 //! attention one packed tensor; `SwiGlu` that of Split, activation and product in the MLP. Both are memory-bound.
 
+use super::{binding::with_wide_vectors, sampler};
 use ort::{
     operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput},
     value::TensorElementType::Float32,
@@ -147,7 +148,7 @@ impl Kernel for SwiGlu {
 /// x · sigmoid(x).
 fn silu(x: f32) -> f32 {
     // e^−|x| never overflows, and serves both sides.
-    let small = super::sampler::exp(-x.abs());
+    let small = sampler::exp(-x.abs());
     let numerator = if x >= 0.0 { 1.0 } else { small };
     x * numerator / (1.0 + small)
 }
@@ -170,7 +171,8 @@ fn for_rows(
     /// Waking the pool costs a few microseconds, which is what this many elements take.
     const SERIAL: usize = 32 << 10;
     let run = |input: &[f32], output: &mut [f32]| {
-        input.chunks_exact(input_width).zip(output.chunks_exact_mut(output_width)).for_each(|(i, o)| row(i, o));
+        let rows = input.chunks_exact(input_width).zip(output.chunks_exact_mut(output_width));
+        with_wide_vectors(|| rows.for_each(|(input, output)| row(input, output)));
     };
     if input.len() <= SERIAL {
         run(input, output);

@@ -79,7 +79,7 @@ fn find(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
     let executable_dir = std::env::current_exe().ok().and_then(|path| path.parent().map(Path::to_owned));
     let starts = [std::env::current_dir().ok(), executable_dir.clone()];
     let above = starts.iter().flatten().flat_map(|dir| dir.ancestors()).map(|dir| dir.join(".forebay/lib"));
-    let found = above.chain(executable_dir.clone()).find_map(|dir| newest_in(&dir));
+    let found = above.chain(executable_dir).find_map(|dir| newest_in(&dir));
     Ok(found.unwrap_or_else(|| PathBuf::from(NAME)))
 }
 

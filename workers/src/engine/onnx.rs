@@ -164,7 +164,7 @@ impl Engine for OnnxEngine {
             Some(view) => view,
             None => view.insert(KvView::new(&self.kv, &self.card.layout, slot..slot + 1)?),
         };
-        self.program.run(Step {
+        self.program.run(&mut Step {
             input_ids: &self.input_ids,
             seqlens_k: &self.seqlens_k,
             total_len: &self.total_len,
@@ -199,7 +199,7 @@ impl Engine for OnnxEngine {
             Some(view) => view,
             None => view.insert(KvView::new(&self.kv, &self.card.layout, 0..batch as u32)?),
         };
-        self.program.run(Step {
+        self.program.run(&mut Step {
             input_ids: &self.input_ids,
             seqlens_k: &self.seqlens_k,
             total_len: &self.total_len,
@@ -245,6 +245,7 @@ fn program(environment: &Environment, checkpoint: &Checkpoint, options: &OnnxOpt
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_intra_threads(options.threads)?
         .with_intra_op_spinning(options.spin)?;
+    let builder = match std::env::var("TMP_PROFILE") { Ok(p) => builder.with_profiling(p)?, _ => builder };
     let builder = graph::with_operators(builder, checkpoint.config())?;
     let model = graph::build(checkpoint, options.precision, options.positions as usize, options.threads)?;
     Program::new(environment, builder, graph::EMPTY_MODEL, &model, checkpoint.config().layers)

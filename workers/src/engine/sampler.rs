@@ -25,20 +25,52 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling, index: u32) -> Result<u32
         *weight = exp((*weight - max) / sampling.temperature);
     }
     let last = least_kept(weights, sampling);
-    let kept = |id: usize, weight: f32| weight > last.weight || (weight == last.weight && id as u32 <= last.id);
-    // Sums run in order of ids, whatever the selection did, so that they round the same everywhere.
-    let each = || weights.iter().enumerate().filter(|(id, weight)| kept(*id, **weight));
-    let total: f64 = each().map(|(_, weight)| f64::from(*weight)).sum();
-    let mut left = uniform(sampling.seed, index) * total;
+    for (id, weight) in weights.iter_mut().enumerate() {
+        let kept = *weight > last.weight || (*weight == last.weight && id as u32 <= last.id);
+        *weight = if kept { *weight } else { 0.0 };
+    }
+    Ok(draw(weights, uniform(sampling.seed, index)))
+}
+
+/// The token at a fraction `at` in [0, 1) of the cumulated weights, in order of ids. Sums are of fixed chunks, in fixed
+/// lanes, so that they round the same everywhere.
+fn draw(weights: &[f32], at: f64) -> u32 {
+    let sums: Vec<f64> = weights.chunks(CHUNK).map(sum).collect();
+    let mut left = at * sums.iter().sum::<f64>();
     let mut drawn = 0;
-    for (id, weight) in each().filter(|(_, weight)| **weight > 0.0) {
-        drawn = id as u32;
-        left -= f64::from(*weight);
-        if left < 0.0 {
-            break;
+    for (chunk, sum) in sums.iter().enumerate() {
+        // Rounding can leave a rest beyond the last chunk: then it is the last token of any weight that is drawn.
+        if *sum == 0.0 || (left >= *sum && sums[chunk + 1..].iter().any(|later| *later > 0.0)) {
+            left -= sum;
+            continue;
+        }
+        let first = chunk * CHUNK;
+        for (id, weight) in (first..).zip(&weights[first..weights.len().min(first + CHUNK)]) {
+            if *weight > 0.0 {
+                drawn = id as u32;
+                left -= f64::from(*weight);
+                if left < 0.0 {
+                    break;
+                }
+            }
+        }
+        break;
+    }
+    drawn
+}
+
+/// Weights that are summed or skipped together.
+const CHUNK: usize = 64;
+
+fn sum(weights: &[f32]) -> f64 {
+    let mut lanes = [0f64; 8];
+    let mut eights = weights.chunks_exact(8);
+    for eight in &mut eights {
+        for (lane, weight) in lanes.iter_mut().zip(eight) {
+            *lane += f64::from(*weight);
         }
     }
-    Ok(drawn)
+    lanes.iter().sum::<f64>() + eights.remainder().iter().map(|weight| f64::from(*weight)).sum::<f64>()
 }
 
 /// The largest logit, if all are numbers and it is finite.
@@ -62,16 +94,18 @@ fn largest(logits: &[f32]) -> Result<f32, NotFinite> {
 /// e^x for x ≤ 0, within 2 ulp; 0 below −87. Written out (Cephes' polynomial over ±ln 2 / 2) so that it gives
 /// the same bits on every machine and vectorizes: a vocabulary takes some 0.1 ms.
 pub(super) fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding and subtracting it rounds to an integer
+    // 1.5 · 2^23: in a sum with it the last bit of the mantissa is worth 1, so n = round(x / ln 2) stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
     let clamped = if x > -87.0 { x } else { -87.0 };
-    let n = clamped * std::f32::consts::LOG2_E + ROUND - ROUND;
+    let rounded = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = clamped - n * 0.693_359_4 - n * -2.121_944_4e-4;
     let mut p = 1.987_569_1e-4_f32;
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
         p = p * r + c;
     }
-    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
-    let value = (p * r * r + r + 1.0) * scale;
+    let two_to_the_n = f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23));
+    let value = (p * r * r + r + 1.0) * two_to_the_n;
     if x > -87.0 { value } else { 0.0 }
 }
 
@@ -103,7 +137,7 @@ fn least_kept(weights: &[f32], sampling: &Sampling) -> Candidate {
     if !nucleus {
         return all;
     }
-    let target = weights.iter().map(|weight| f64::from(*weight)).sum::<f64>() * f64::from(sampling.top_p);
+    let target = sum(weights) * f64::from(sampling.top_p);
     // Most distributions have their nucleus well above these floors, and then few candidates to select from.
     for floor in [2.0e-3, 1.0e-5, -1.0] {
         let mut kept: Vec<Candidate> = above(weights, floor).collect();
@@ -117,7 +151,6 @@ fn least_kept(weights: &[f32], sampling: &Sampling) -> Candidate {
 }
 
 fn above(weights: &[f32], floor: f32) -> impl Iterator<Item = Candidate> + '_ {
-    const CHUNK: usize = 64;
     weights
         .chunks(CHUNK)
         .enumerate()
@@ -129,7 +162,6 @@ fn above(weights: &[f32], floor: f32) -> impl Iterator<Item = Candidate> + '_ {
 
 /// The `k` most probable tokens, in no order. One pass that skips chunks with nothing above the k-th so far.
 fn most_probable(weights: &[f32], k: usize) -> Vec<Candidate> {
-    const CHUNK: usize = 64;
     let full = (2 * k).max(256);
     let mut kept: Vec<Candidate> = Vec::with_capacity(full.min(weights.len()) + CHUNK);
     let mut floor = -1.0;

@@ -13,7 +13,7 @@ use std::{
 };
 
 /// The longest that a read may take after its lease has ended.
-pub const LONGEST_READ: Duration = Duration::from_secs(5);
+pub(super) const LONGEST_READ: Duration = Duration::from_secs(5);
 
 /// How often an owner that waits looks at a word.
 const POLL: Duration = Duration::from_millis(1);

@@ -1,5 +1,8 @@
 //! References and the shortest way to run a sequence.
 
+// Each test binary uses a part of this.
+#![allow(dead_code)]
+
 use forebay_schemas::sampling::Sampling;
 use forebay_workers::engine::{
     Draw, Engine, Row,

@@ -130,12 +130,12 @@ impl JsonFile {
             norm_epsilon: self.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
             tied: self.flag("tie_word_embeddings"),
         };
-        if config.heads % config.kv_heads != 0 {
+        if !config.heads.is_multiple_of(config.kv_heads) {
             let (heads, kv_heads) = (config.heads, config.kv_heads);
             return Err(self.malformed(format!("{heads} attention heads do not share {kv_heads} key-value heads evenly")));
         }
-        if config.head_dim % 16 != 0 {
-            return Err(self.unsupported(format!("head_dim {} is not a multiple of 16", config.head_dim)));
+        if !config.head_dim.is_multiple_of(16) {
+            return Err(self.unsupported(format!("head_dim {}, which is not a multiple of 16,", config.head_dim)));
         }
         Ok(config)
     }
@@ -173,17 +173,17 @@ impl JsonFile {
 
     /// `rope_theta` from `rope_parameters`, or from the top level as before transformers 5.
     fn rope_theta(&self) -> Result<f64, CheckpointError> {
-        for key in ["rope_parameters", "rope_scaling"] {
-            let Some(rope) = self.get(key) else { continue };
+        let mut theta = self.number("rope_theta")?;
+        for rope in ["rope_scaling", "rope_parameters"].into_iter().filter_map(|key| self.get(key)) {
             let kind = rope.get("rope_type").or(rope.get("type"));
             if let Some(kind) = kind.filter(|kind| *kind != "default") {
                 return Err(self.unsupported(format!("rope scaling of type {kind}")));
             }
-            if let Some(theta) = rope.get("rope_theta") {
-                let theta = theta.as_f64().filter(|theta| *theta > 0.0);
-                return theta.ok_or_else(|| self.malformed("rope_theta is not a positive number"));
+            if let Some(value) = rope.get("rope_theta") {
+                let value = value.as_f64().filter(|theta| *theta > 0.0);
+                theta = Some(value.ok_or_else(|| self.malformed("rope_theta is not a positive number"))?);
             }
         }
-        Ok(self.number("rope_theta")?.unwrap_or(10_000.0))
+        Ok(theta.unwrap_or(10_000.0))
     }
 }

@@ -185,6 +185,7 @@ impl Checkpoint {
         for (name, tensor) in &self.tensors {
             sum.update(format!("{name} {} {:?}\n", tensor.dtype(), tensor.shape()).as_bytes());
             sum.update(tensor.bytes());
+            tensor.release();
         }
         sum.value()
     }

@@ -77,6 +77,11 @@ impl WeightTensor {
         self.range.clone()
     }
 
+    /// Lets the system take back the memory that reading the tensor has brought in.
+    pub fn release(&self) {
+        self.file.release(self.range.clone());
+    }
+
     /// Rows of a matrix; 1 for a vector.
     pub fn rows(&self) -> usize {
         self.shape.iter().rev().skip(1).product()

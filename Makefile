@@ -1,0 +1,41 @@
+# `make` lists what there is to do.
+
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+FOREBAY := target/release/forebay
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build run test check audit bench clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Fetch nats-server and ONNX Runtime into .forebay/
+	@scripts/setup.sh
+
+build: ## Build the binary, target/release/forebay
+	cargo build --release --locked --package forebay
+
+run: setup build ## Start everything with the built-in model, and ask it something
+	@exec $(FOREBAY) up --ask "What is a forebay?"
+
+test: ## Run all tests, those against real servers and the OpenAI client too
+	@scripts/setup.sh test
+	cargo build --release --locked --workspace
+	cargo test --release --locked --workspace
+
+check: ## Formatting, lints, dependencies, documentation
+	@scripts/setup.sh dev
+	cargo fmt --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	.forebay/bin/cargo-deny --locked check bans licenses sources
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --workspace
+
+audit: ## Look for known vulnerabilities in dependencies (needs the network)
+	@scripts/setup.sh dev
+	.forebay/bin/cargo-deny --locked check advisories
+
+bench: setup build ## Measure the control plane, the engine and KV reads on this machine
+	$(FOREBAY) bench all
+
+clean: ## Remove what was built (.forebay/ stays)
+	cargo clean

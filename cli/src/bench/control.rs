@@ -1,0 +1,83 @@
+//! What the control plane costs: NATS, gateway and worker around an engine that takes no time.
+
+use super::{
+    http::{Load, Report, client_runtime, measure, words},
+    percentile,
+    processes::{Deployment, Used},
+};
+use anyhow::bail;
+use clap::Args;
+
+#[derive(Args, Debug)]
+pub(crate) struct ControlArgs {
+    /// Clients at once, one number after another.
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32,128", value_name = "N,…")]
+    concurrency: Vec<usize>,
+    /// Tokens of each answer.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    tokens: u32,
+    /// Tokens that each concurrency generates in all.
+    #[arg(long, default_value_t = 200_000, value_name = "N")]
+    total: u64,
+}
+
+impl Default for ControlArgs {
+    fn default() -> Self {
+        ControlArgs { concurrency: vec![1, 8, 32, 128], tokens: 256, total: 200_000 }
+    }
+}
+
+/// A step that is long enough for its token to be on its way alone, in microseconds.
+const STEP_US: f64 = 5000.0;
+
+pub(crate) fn run(args: &ControlArgs) -> anyhow::Result<()> {
+    println!("\n# Control plane (simulated engine, every token in the log, all processes on this machine)\n");
+    added_latency(args)?;
+    let deployment = Deployment::start(&["--engine", "sim", "--prefill", "0", "--slots", "128"])?;
+    let runtime = client_runtime()?;
+    println!("{}  CPU seconds: gateway  workers  nats-server  (gateway MiB)", Report::HEADER);
+    for clients in &args.concurrency {
+        let requests = (args.total / u64::from(args.tokens) / *clients as u64).clamp(4, 400);
+        let load = load(&deployment, *clients, requests, args.tokens);
+        runtime.block_on(measure(&Load { requests: 2, ..load.clone() }));
+        let before = deployment.used();
+        let report = runtime.block_on(measure(&load));
+        let after = deployment.used();
+        let cpu = |index: usize| after[index].1.cpu_seconds - before[index].1.cpu_seconds;
+        let Used { resident_mib, .. } = after[0].1;
+        println!("{} {:>20.2} {:>8.2} {:>12.2} {resident_mib:>10.1}", report.row(), cpu(0), cpu(1), cpu(2));
+        if let Some(failure) = report.first_failure {
+            bail!("a request failed: {failure}");
+        }
+    }
+    Ok(())
+}
+
+fn load(deployment: &Deployment, clients: usize, requests: u64, tokens: u32) -> Load {
+    Load {
+        url: format!("http://{}", deployment.address),
+        model: "demo".into(),
+        clients,
+        requests,
+        words: 16,
+        tokens,
+        vocabulary: words(),
+    }
+}
+
+/// One client, and an engine that steps every few milliseconds: what is beyond the step is added.
+fn added_latency(args: &ControlArgs) -> anyhow::Result<()> {
+    let runtime = client_runtime()?;
+    let step = STEP_US.to_string();
+    let deployment = Deployment::start(&["--engine", "sim", "--prefill", "0", "--sim-step-us", &step])?;
+    runtime.block_on(measure(&load(&deployment, 1, 5, 8)));
+    let report = runtime.block_on(measure(&load(&deployment, 1, 100, 16.min(args.tokens))));
+    println!(
+        "added at concurrency 1: TTFT p50 {:.2} ms, p99 {:.2} ms; ITL {:.3} ms beyond a step of {:.1} ms\n",
+        percentile(&report.ttft, 0.5),
+        percentile(&report.ttft, 0.99),
+        percentile(&report.itl, 0.5) - STEP_US / 1e3,
+        STEP_US / 1e3,
+    );
+    Ok(())
+}

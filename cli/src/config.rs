@@ -1,0 +1,155 @@
+//! Settings that several commands share, and where they come from: flags, the environment, a file.
+
+use anyhow::{Context, bail};
+use clap::Args;
+use forebay_streams::{
+    Streams,
+    jetstream::{self, Limits, Options},
+};
+use std::{path::PathBuf, time::Duration};
+use tracing_subscriber::EnvFilter;
+
+/// Where NATS is.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct NatsArgs {
+    /// NATS server; several of a cluster are separated by commas.
+    #[arg(long, env = "FOREBAY_NATS", default_value = "nats://127.0.0.1:4222", value_name = "URL")]
+    pub(crate) nats: String,
+    /// Credentials for it.
+    #[arg(long, env = "FOREBAY_NATS_CREDENTIALS", value_name = "FILE")]
+    pub(crate) nats_credentials: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) limits: LimitArgs,
+}
+
+/// Bounds and times of the streams, for where they are made.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct LimitArgs {
+    /// Copies of each stream on a NATS cluster.
+    #[arg(long, env = "FOREBAY_REPLICAS", default_value_t = 1, value_name = "N")]
+    replicas: usize,
+    /// Hours that logs are kept.
+    #[arg(long, env = "FOREBAY_LOG_HOURS", default_value_t = 24, value_name = "HOURS")]
+    log_hours: u64,
+    /// GiB that all logs together may take; the oldest go first.
+    #[arg(long, env = "FOREBAY_LOG_GIB", default_value_t = 16, value_name = "GIB")]
+    log_gib: u64,
+    /// Tasks that wait in one role's queues; more are refused with 429.
+    #[arg(long, env = "FOREBAY_QUEUE_MAX", default_value_t = 65_536, value_name = "TASKS")]
+    queue_max: u64,
+    /// Seconds without a sign of life after which a task goes to another worker.
+    #[arg(long, env = "FOREBAY_ACK_WAIT_S", default_value_t = 30, value_name = "SECONDS")]
+    ack_wait_s: u64,
+    /// Seconds without renewal after which a worker counts as dead.
+    #[arg(long, env = "FOREBAY_LEASE_S", default_value_t = 10, value_name = "SECONDS")]
+    lease_s: u64,
+}
+
+impl LimitArgs {
+    /// How long a worker's lease lasts.
+    pub(crate) fn lease_time(&self) -> Duration {
+        Duration::from_secs(self.lease_s)
+    }
+}
+
+impl NatsArgs {
+    /// Connects as a role, and makes what is missing of the streams.
+    pub(crate) async fn connect(&self, role: &str, name: &str) -> anyhow::Result<Streams> {
+        let limits = Limits {
+            replicas: self.limits.replicas,
+            log_age: Duration::from_secs(self.limits.log_hours * 3600),
+            log_bytes: self.limits.log_gib << 30,
+            queue_max: self.limits.queue_max,
+            ack_wait: Duration::from_secs(self.limits.ack_wait_s),
+            lease_time: self.limits.lease_time(),
+            ..Limits::default()
+        };
+        let options = Options {
+            url: self.nats.clone(),
+            name: format!("forebay {name}"),
+            inbox_prefix: format!("_INBOX_fb_{role}"),
+            credentials: self.nats_credentials.clone(),
+            limits,
+        };
+        Ok(jetstream::connect(options).await?)
+    }
+}
+
+/// Logs to standard error, at the level of `FOREBAY_LOG` (`info` unless told otherwise).
+pub(crate) fn init_logging(default: &str) {
+    let filter = EnvFilter::try_from_env("FOREBAY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let plain = std::env::var_os("NO_COLOR").is_some() || !std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let format = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // Another subscriber can only be there already in a test.
+    let _ = format.with_ansi(!plain).compact().try_init();
+}
+
+/// A runtime for a role, with that many threads.
+pub(crate) fn runtime(threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads.max(1))
+        .max_blocking_threads(8)
+        .enable_all()
+        .build()
+        .context("starting the async runtime")
+}
+
+/// Resolves at Ctrl-C or SIGTERM.
+pub(crate) async fn told_to_stop() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).expect("signals can be handled");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}
+
+/// Reads the settings file, if one is named, and makes its values the defaults of the flags of those names: flags
+/// and the environment still win.
+pub(crate) fn apply_file(mut command: clap::Command) -> anyhow::Result<clap::Command> {
+    let Some(path) = named_file() else { return Ok(command) };
+    let text = std::fs::read_to_string(&path).with_context(|| format!("settings file {}", path.display()))?;
+    let table: toml::Table = text.parse().with_context(|| format!("settings file {}", path.display()))?;
+    for (key, value) in table {
+        let text = match value {
+            toml::Value::String(text) => text,
+            toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => value.to_string(),
+            _ => bail!("settings file {}: {key} must be a string, a number or a boolean", path.display()),
+        };
+        let has = |sub: &clap::Command| sub.get_arguments().any(|arg| arg.get_long() == Some(&key));
+        let names: Vec<String> =
+            command.get_subcommands().filter(|sub| has(sub)).map(|sub| sub.get_name().to_owned()).collect();
+        if names.is_empty() {
+            bail!("settings file {}: no command has a flag --{key}", path.display());
+        }
+        for name in names {
+            let id = key.replace('-', "_");
+            command = command.mut_subcommand(name, |sub| sub.mut_arg(id, |arg| arg.default_value(text.clone()).required(false)));
+        }
+    }
+    Ok(command)
+}
+
+/// The values of a subcommand's flags, wherever they came from, as the environment variables that mean the same.
+pub(crate) fn as_environment(command: &clap::Command, matches: &clap::ArgMatches) -> Vec<(String, String)> {
+    let Some((name, matches)) = matches.subcommand() else { return Vec::new() };
+    let Some(command) = command.find_subcommand(name) else { return Vec::new() };
+    let value = |arg: &clap::Arg| {
+        let given = matches.try_get_raw(arg.get_id().as_str()).ok().flatten()?.next()?;
+        Some((arg.get_env()?.to_str()?.to_owned(), given.to_str()?.to_owned()))
+    };
+    command.get_arguments().filter_map(value).collect()
+}
+
+fn named_file() -> Option<PathBuf> {
+    let mut args = std::env::args_os().skip(1);
+    while let Some(arg) = args.next() {
+        if arg == "--config" {
+            return args.next().map(PathBuf::from);
+        }
+        if let Some(path) = arg.to_str().and_then(|arg| arg.strip_prefix("--config=")) {
+            return Some(path.into());
+        }
+    }
+    std::env::var_os("FOREBAY_CONFIG").map(PathBuf::from)
+}

@@ -1,0 +1,125 @@
+//! `forebay doctor`: what this machine has, and what to do about what it lacks.
+
+use crate::{
+    config::{NatsArgs, init_logging, runtime},
+    model::ModelArgs,
+    up::data_folder,
+};
+use clap::Args;
+use forebay_kernels::Region;
+use forebay_streams::server::find_tool;
+use forebay_workers::engine::{checkpoint::Checkpoint, library};
+use std::{path::PathBuf, process::Command};
+
+#[derive(Args, Debug)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Folder for unpacked models.
+    #[arg(long, env = "FOREBAY_DATA", value_name = "DIR")]
+    data: Option<PathBuf>,
+}
+
+/// What a check found: `Err` is a problem, with what to do about it.
+type Finding = Result<String, String>;
+
+pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
+    init_logging("error");
+    let checks: [(&str, Finding); 7] = [
+        ("processor", processor()),
+        ("memory", memory()),
+        ("open files", open_files()),
+        ("shared memory", shared_memory()),
+        ("ONNX Runtime", onnxruntime(args)),
+        ("model", model(args)),
+        ("nats-server", nats_program()),
+    ];
+    let mut problems = 0;
+    for (what, finding) in checks.into_iter().chain([("NATS", nats(args))]) {
+        match finding {
+            Ok(text) => println!("ok       {what}: {text}"),
+            Err(text) => {
+                problems += 1;
+                println!("PROBLEM  {what}: {text}");
+            }
+        }
+    }
+    match problems {
+        0 => Ok(()),
+        1 => anyhow::bail!("1 problem"),
+        _ => anyhow::bail!("{problems} problems"),
+    }
+}
+
+fn processor() -> Finding {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let has = |flag: &str| flags.split_whitespace().any(|found| found == flag);
+    let int8 = ["avx512_vnni", "avx_vnni", "avx2"].into_iter().find(|flag| has(flag));
+    match int8 {
+        Some("avx2") => Ok(format!("{cores} cores, avx2 (int4 is faster with VNNI)")),
+        Some(flag) => Ok(format!("{cores} cores, {flag}")),
+        None => Ok(format!("{cores} cores, none of AVX-512 VNNI, AVX VNNI and AVX2: int4 will be slow")),
+    }
+}
+
+fn memory() -> Finding {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find(|line| line.starts_with("MemAvailable")).unwrap_or_default();
+    let kib: u64 = line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).unwrap_or(0);
+    match kib >> 20 {
+        0 => Err(format!("{} MiB available; the demo model needs about 200 MiB, others their weights", kib >> 10)),
+        gib => Ok(format!("{gib} GiB available")),
+    }
+}
+
+fn open_files() -> Finding {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    if limit < 4096 {
+        return Err(format!("at most {limit}; a busy gateway needs one for each client: raise it with `ulimit -n 65536`"));
+    }
+    Ok(format!("at most {limit}"))
+}
+
+fn shared_memory() -> Finding {
+    Region::create("doctor", 1 << 30)
+        .map(|_| "regions can be made".to_owned())
+        .map_err(|error| format!("{error}; workers keep their KV cache in memfd regions"))
+}
+
+fn onnxruntime(args: &DoctorArgs) -> Finding {
+    library::load(args.model.engine.onnxruntime.as_deref())
+        .map(|_| "loads".to_owned())
+        .map_err(|error| error.to_string())
+}
+
+fn model(args: &DoctorArgs) -> Finding {
+    let found = args.model.find(&data_folder(args.data.clone())).map_err(|error| format!("{error:#}"))?;
+    let checkpoint = Checkpoint::open(&found.folder).map_err(|error| error.to_string())?;
+    forebay_workers::model::ModelText::open(&found.folder).map_err(|error| error.to_string())?;
+    let config = checkpoint.config();
+    Ok(format!(
+        "{}: {} layers, hidden size {}, vocabulary {}, context {}",
+        found.name, config.layers, config.hidden, config.vocab, config.positions_max
+    ))
+}
+
+fn nats_program() -> Finding {
+    let program = find_tool("FOREBAY_NATS_SERVER", "nats-server")
+        .ok_or("not found, and `forebay up` starts one unless it is given --nats: run `make setup`, or install it")?;
+    let output = Command::new(&program).arg("--version").output().map_err(|error| format!("{}: {error}", program.display()))?;
+    Ok(format!("{} ({})", String::from_utf8_lossy(&output.stdout).trim(), program.display()))
+}
+
+fn nats(args: &DoctorArgs) -> Finding {
+    let connected = runtime(1)
+        .map_err(|error| error.to_string())?
+        .block_on(async { args.nats.connect("doctor", "doctor").await.map(drop) });
+    match connected {
+        Ok(()) => Ok(format!("{} serves JetStream, streams and buckets are as needed", args.nats.nats)),
+        Err(error) => Err(format!("{error:#}")),
+    }
+}

@@ -1,0 +1,98 @@
+//! `forebay worker`.
+
+use crate::{
+    config::{NatsArgs, init_logging, runtime, told_to_stop},
+    model::ModelArgs,
+    up::data_folder,
+};
+use anyhow::Context;
+use clap::Args;
+use forebay_schemas::task::Role;
+use forebay_workers::{
+    model::ModelText,
+    worker::{self, WorkerConfig},
+};
+use std::{path::PathBuf, time::Duration};
+use tokio_util::sync::CancellationToken;
+
+/// How workers work, whatever their role.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct WorkArgs {
+    /// Prompts of at most this many tokens are prefilled by the decode worker itself.
+    #[arg(long, env = "FOREBAY_MAX_LOCAL_PREFILL_LENGTH", default_value_t = 0, value_name = "TOKENS")]
+    max_local_prefill_length: u32,
+    /// Tokens of a prompt that are run at once; between chunks, other sequences decode.
+    #[arg(long, env = "FOREBAY_CHUNK", default_value_t = 256, value_name = "TOKENS")]
+    chunk: u32,
+    /// Seconds that a prefill worker keeps KV for the decode worker.
+    #[arg(long, env = "FOREBAY_KV_LEASE_S", default_value_t = 60, value_name = "SECONDS")]
+    kv_lease_s: u64,
+    /// Seconds without any sign of a remote prefill after which a decode worker does it itself.
+    #[arg(long, env = "FOREBAY_PREFILL_PATIENCE_S", default_value_t = 60, value_name = "SECONDS")]
+    prefill_patience_s: u64,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct WorkerArgs {
+    /// `decode` owns requests and generates; `prefill` runs prompts for decode workers.
+    #[arg(long, value_parser = ["prefill", "decode"], value_name = "ROLE")]
+    role: String,
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Sequences that the worker holds at once. Default: 8 to decode, 4 to prefill.
+    #[arg(long, env = "FOREBAY_SLOTS", value_name = "N")]
+    slots: Option<u32>,
+    #[command(flatten)]
+    work: WorkArgs,
+    /// Seconds that running requests get to finish after Ctrl-C or SIGTERM.
+    #[arg(long, env = "FOREBAY_GRACE_S", default_value_t = 30, value_name = "SECONDS")]
+    grace_s: u64,
+    /// Folder for unpacked models.
+    #[arg(long, env = "FOREBAY_DATA", value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Folder for Unix sockets; workers on one host that read each other's KV share it.
+    #[arg(long, env = "FOREBAY_SOCKETS", value_name = "DIR")]
+    sockets: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
+    init_logging("info");
+    crate::up::end_with_parent();
+    let role = if args.role == "prefill" { Role::Prefill } else { Role::Decode };
+    let model = args.model.find(&data_folder(args.data))?;
+    let text = ModelText::open(&model.folder)?;
+    let slots = args.slots.unwrap_or(if role == Role::Decode { 8 } else { 4 }).max(1);
+    let begun = std::time::Instant::now();
+    let engine = args.model.engine.open(&model, slots)?;
+    tracing::info!(model = model.name, weights = engine.card().weights, "model loaded in {:.1?}", begun.elapsed());
+    let config = WorkerConfig {
+        role,
+        max_local_prefill_length: args.work.max_local_prefill_length,
+        chunk_tokens: args.work.chunk,
+        kv_lease: Duration::from_secs(args.work.kv_lease_s),
+        prefill_patience: Duration::from_secs(args.work.prefill_patience_s),
+        grace: Duration::from_secs(args.grace_s),
+        socket_folder: args.sockets.unwrap_or_else(socket_folder),
+    };
+    let runtime = runtime(2)?;
+    runtime.block_on(async move {
+        let streams = args.nats.connect("worker", role.as_str()).await?;
+        let card = text.card(&model.name, engine.card(), &streams).await?;
+        let stop = CancellationToken::new();
+        let stopping = stop.clone();
+        tokio::spawn(async move {
+            told_to_stop().await;
+            stopping.cancel();
+        });
+        worker::run(config, engine, card, text.tokenizer, streams, stop).await.context("worker")
+    })
+}
+
+/// A folder for this user's sockets: short, since the path of a socket may have at most 107 bytes.
+fn socket_folder() -> PathBuf {
+    let uid = rustix::process::getuid().as_raw();
+    std::env::var_os("XDG_RUNTIME_DIR")
+        .map_or_else(|| PathBuf::from(format!("/tmp/forebay-{uid}")), |folder| PathBuf::from(folder).join("forebay"))
+}

