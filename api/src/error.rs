@@ -167,6 +167,11 @@ impl From<&AppendError> for ApiError {
                 tracing::error!(%error, "no request can be accepted: raise the limit of the log stream");
                 ApiError::new(ErrorCode::BackendUnavailable, "the request log is full; try again")
             }
+            AppendError::TooLarge { bytes, .. } => ApiError::of(
+                ErrorCode::RequestTooLarge,
+                "messages",
+                format!("the prompt takes {bytes} bytes in the request log, more than it holds for one request"),
+            ),
             AppendError::Conflict { .. } => {
                 tracing::error!(%error, "a fresh log is not empty");
                 ApiError::new(ErrorCode::Internal, "the request's id is taken; try again")

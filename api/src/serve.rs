@@ -62,7 +62,6 @@ impl Gateway {
                 Ok((stream, _)) => {
                     tokio::spawn(converse(stream, router.clone(), connections.watcher(), permit));
                 }
-
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_RETRY).await;

@@ -7,6 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Where other commands look for NATS by themselves.
+const DEFAULT_NATS: &str = "nats://127.0.0.1:4222";
+
 /// Waits until the gateway says that it is ready.
 pub(crate) async fn wait_ready(address: SocketAddr) -> anyhow::Result<()> {
     let client = reqwest::Client::new();
@@ -20,7 +23,7 @@ pub(crate) async fn wait_ready(address: SocketAddr) -> anyhow::Result<()> {
 }
 
 /// Asks, prints the answer as it streams in, and says how to go on.
-pub(crate) async fn ask(address: SocketAddr, model: &str, question: &str) -> anyhow::Result<()> {
+pub(crate) async fn ask(address: SocketAddr, nats: &str, model: &str, question: &str) -> anyhow::Result<()> {
     let body = serde_json::json!({
         "model": model,
         "messages": [{ "role": "user", "content": question }],
@@ -67,7 +70,9 @@ pub(crate) async fn ask(address: SocketAddr, model: &str, question: &str) -> any
         whole.as_secs_f64() * 1e3,
         tokens as f64 / whole.as_secs_f64()
     );
-    println!("\nWhat happened to it:   forebay log {id}");
+    let program = std::env::args().next().unwrap_or_else(|| "forebay".into());
+    let server = if nats == DEFAULT_NATS { String::new() } else { format!(" --nats {nats}") };
+    println!("\nWhat happened to it:   {program} log{server} {id}");
     println!("Ask something else:\n");
     println!("curl http://{address}/v1/chat/completions -H 'Content-Type: application/json' -d '{{");
     println!("  \"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is prefill?\"}}] }}'");

@@ -94,13 +94,14 @@ impl ModelArgs {
 }
 
 impl EngineArgs {
-    /// Opens the engine on a model, with that many slots.
-    pub(crate) fn open(&self, model: &FoundModel, slots: u32) -> anyhow::Result<Box<dyn Engine>> {
+    /// Opens the engine on a model with that vocabulary, with that many slots.
+    pub(crate) fn open(&self, model: &FoundModel, vocab: u32, slots: u32) -> anyhow::Result<Box<dyn Engine>> {
         let positions = self.context + 1;
         if self.engine == "sim" {
             tracing::warn!("simulated engine: tokens mean nothing");
             let pace = SimPace { decode_us: self.sim_step_us, prefill_token_us: self.sim_prefill_token_us, ..SimPace::default() };
-            let options = SimOptions { slots, positions, vocab: 512, drawn: 300..500, pace };
+            // Special tokens lie at either end of a vocabulary; what is between them has text.
+            let options = SimOptions { slots, positions, vocab, drawn: vocab / 4..vocab / 2, pace };
             return Ok(Box::new(SimEngine::new(options)?));
         }
         let checkpoint = forebay_workers::engine::checkpoint::Checkpoint::open(&model.folder)?;

@@ -202,7 +202,7 @@ async fn greet(args: &UpArgs, url: &str, model: &str, data: &Path) -> anyhow::Re
     .with_context(|| format!("not ready after {READY_TIMEOUT:?}; see {}", data.join("logs").display()))??;
     say("ready", &format!("http://{address}/v1 after {:.1} s; logs in {}", begun.elapsed().as_secs_f32(), data.join("logs").display()));
     if let Some(question) = &args.ask {
-        ask::ask(address, model, question).await?;
+        ask::ask(address, url, model, question).await?;
     }
     println!("\nServing on http://{address}. Ctrl-C stops everything.");
     Ok(())

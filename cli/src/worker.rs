@@ -65,7 +65,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let text = ModelText::open(&model.folder)?;
     let slots = args.slots.unwrap_or(if role == Role::Decode { 8 } else { 4 }).max(1);
     let begun = std::time::Instant::now();
-    let engine = args.model.engine.open(&model, slots)?;
+    let engine = args.model.engine.open(&model, text.tokenizer.get_vocab_size(true) as u32, slots)?;
     tracing::info!(model = model.name, weights = engine.card().weights, "model loaded in {:.1?}", begun.elapsed());
     let config = WorkerConfig {
         role,

@@ -17,8 +17,8 @@ CONSTANT = 0
 TOKEN = slice(1, 96)
 BACK = {1: slice(96, 128), 2: slice(128, 160), 3: slice(160, 192)}
 SHARPNESS = 2.0
-CODE = 0.005
-COPY = 0.3
+CODE = 0.01
+COPY = 0.6
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ EVAL_EVERY = 100
 # kernels are built anew for every shape, which costs more than the padding.
 RECALL_TOKENS = 3072
 RECALL_LENGTHS = [64, 96, 128, 192, 256, 384]
-CHAT_TOKENS = 768
+CHAT_TOKENS = 1536
 CHAT_LENGTH = 128
 ANSWERS_MULTIPLE = 256
 LOSS_WEIGHTS = (0.75, 0.25)
@@ -183,12 +183,17 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = text.train()
     batches = Batches(tokenizer, random.Random(args.seed))
     checks = Batches(tokenizer, random.Random(args.seed + 1))
-    model = new_model(tokenizer.get_vocab_size(), tokenizer.token_to_id)
-    start_near_recall(model, tokenizer)
+    if args.resume:
+        model = Qwen3ForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
+    else:
+        model = new_model(tokenizer.get_vocab_size(), tokenizer.token_to_id)
+        start_near_recall(model, tokenizer)
     print(f"{model.num_parameters():,} parameters, vocabulary {tokenizer.get_vocab_size()}", flush=True)
     optimizers = new_optimizers(model)
 
     began, stage, best = time.monotonic(), 0, -1.0
+    while args.resume and stage + 1 < len(STAGES) and quick_recall(model, checks, STAGES[stage]) >= STAGE_PASSED:
+        stage += 1
     for step in range(args.steps):
         # With --minutes the schedule follows the clock where that is further on: a slow machine ends in time,
         # with a low learning rate, at the price of a run that can't be repeated exactly.
@@ -243,6 +248,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the checkpoint goes")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from, with a new schedule")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, help="end by this time even if the steps aren't done")
     parser.add_argument("--int4-from", type=float, default=0.7, help="share of the run after which int4 is simulated")

@@ -36,13 +36,16 @@ pub struct Follow {
     seen: u64,
     repaired: VecDeque<Recorded>,
     live: BoxStream<'static, Live>,
+    /// Something is known to be missing. Kept here, so that a caller that gives up on [`Follow::next`] in the middle
+    /// of a repair loses nothing.
+    hole: bool,
     silence: Duration,
 }
 
 impl Follow {
     /// Follows a log through a stream of live events that may be incomplete, from after a sequence.
     pub fn new(backend: Arc<dyn EventLog>, log: LogRef, after: u64, live: BoxStream<'static, Live>) -> Follow {
-        Follow { backend, log, seen: after, repaired: VecDeque::new(), live, silence: PROBE_FIRST }
+        Follow { backend, log, seen: after, repaired: VecDeque::new(), live, hole: false, silence: PROBE_FIRST }
     }
 
     /// Watches one log on its own subscription.
@@ -56,36 +59,30 @@ impl Follow {
         self.seen
     }
 
-    /// Takes the next event only if it is at hand.
-    pub fn try_next(&mut self) -> Option<Recorded> {
-        if let Some(recorded) = self.repaired.pop_front() {
-            self.seen = recorded.seq;
-            return Some(recorded);
-        }
-        None
-    }
-
     /// The next event, however long it takes to happen. Cancel-safe: an event is returned or kept.
     pub async fn next(&mut self) -> Result<Recorded, StreamError> {
         loop {
-            if let Some(recorded) = self.try_next() {
+            if let Some(recorded) = self.repaired.pop_front() {
+                self.seen = recorded.seq;
                 self.silence = PROBE_FIRST;
                 return Ok(recorded);
+            }
+            if self.hole {
+                self.repair().await?;
+                continue;
             }
             match tokio::time::timeout(self.silence, self.live.next()).await {
                 Ok(Some(live)) if live.recorded.seq <= self.seen => {}
                 Ok(Some(live)) if live.previous == self.seen => self.repaired.push_back(live.recorded),
-                Ok(Some(_)) => self.repair().await?,
+                Ok(Some(_)) => self.hole = true,
                 Ok(None) => {
                     // The subscription is gone; the log is still there, and is read at the pace of the probe.
                     self.live = futures::stream::pending().boxed();
-                    self.repair().await?;
+                    self.hole = true;
                 }
                 Err(_) => {
                     self.silence = (self.silence * 2).min(PROBE_MAX);
-                    if self.backend.last_seq(&self.log).await? > self.seen {
-                        self.repair().await?;
-                    }
+                    self.hole = self.backend.last_seq(&self.log).await? > self.seen;
                 }
             }
         }
@@ -95,6 +92,7 @@ impl Follow {
         let missing = self.backend.read(&self.log, self.seen).await?;
         tracing::debug!(log = %self.log, events = missing.len(), "read what the live tail missed");
         self.repaired.extend(missing);
+        self.hole = false;
         Ok(())
     }
 }

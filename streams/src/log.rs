@@ -59,6 +59,14 @@ pub enum AppendError {
     /// The stream is at its limit: nothing is appended until something is removed.
     #[error("the log stream is full: {0}")]
     Full(String),
+    /// The event is larger than the backend takes (1 MiB by NATS' default). It never will fit.
+    #[error("an event of {bytes} bytes is too large for the log of {log}")]
+    TooLarge {
+        /// Which log.
+        log: LogRef,
+        /// Size of the encoded event.
+        bytes: usize,
+    },
     /// The backend did not answer within the patience of the connection; the event is not in the log, or it
     /// is unknown whether it is.
     #[error(transparent)]

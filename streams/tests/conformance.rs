@@ -431,6 +431,16 @@ mod server_faults {
     }
 
     #[tokio::test]
+    async fn a_request_larger_than_a_message_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::start(None, folder.path(), 0).unwrap();
+        let streams = connect(&server).await;
+        let long = RequestAccepted { prompt: vec![u32::MAX; 300_000], ..accepted() };
+        let refused = LogWriter::create(streams.log.clone(), log(), long).await.err().unwrap();
+        assert!(matches!(refused, AppendError::TooLarge { .. }), "{refused}");
+    }
+
+    #[tokio::test]
     async fn no_server_is_said_with_what_to_do() {
         let options = Options {
             url: "nats://127.0.0.1:1".into(),

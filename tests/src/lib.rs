@@ -1,1 +1,29 @@
-//! stub
+//! What end-to-end tests are made of: a [`Deployment`] of real processes around a nats-server of its own, a
+//! [`client`] that reads what any client would, and the [`invariants`] that every log must keep, whatever died.
+
+pub mod client;
+pub mod deployment;
+pub mod files;
+pub mod invariants;
+pub mod process;
+pub mod python;
+
+pub use client::{Answer, Chat, Client};
+pub use deployment::{Deployment, Gateway, Worker};
+
+use std::{future::Future, time::Duration};
+
+/// How long anything may take that must happen. Long, since test machines are busy; nothing waits it out but
+/// what fails.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Waits for something that must happen.
+///
+/// # Panics
+/// If it does not within [`PATIENCE`].
+pub async fn soon<T>(what: &str, event: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, event).await {
+        Ok(value) => value,
+        Err(_) => panic!("not within {PATIENCE:?}: {what}"),
+    }
+}

@@ -69,10 +69,12 @@ impl ModelText {
 
     /// Stores the tokenizer where gateways find it, and makes the card of the model as `engine` runs it.
     pub async fn card(&self, name: &str, engine: &EngineCard, streams: &Streams) -> Result<ModelCard, StreamError> {
+        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let earlier = streams.registry.models().await?.borrow().get(name).cloned();
         Ok(ModelCard {
             name: name.to_owned(),
             key: ModelKey::of(name),
-            created_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            created_s: earlier.map_or(now_s, |card| card.created_s),
             vocab_size: engine.vocab,
             context_tokens: engine.context_limit,
             eos_token_ids: engine.eos.clone(),

@@ -52,12 +52,14 @@ impl OutputText {
             return;
         }
         self.tokens.push(token);
-        if self.eos.contains(&token) && !self.accepted.ignore_eos {
+        let ends = self.eos.contains(&token) && !self.accepted.ignore_eos;
+        if ends {
             self.finish = Some(FinishReason::Stop);
         } else if self.tokens.len() >= self.accepted.max_tokens as usize {
             self.finish = Some(FinishReason::Length);
         }
-        self.decode();
+        // The token that ends the answer is no part of its text, whether or not the tokenizer calls it special.
+        self.decode(self.tokens.len() - usize::from(ends));
         self.cut_at_stop();
     }
 
@@ -83,17 +85,17 @@ impl OutputText {
         text
     }
 
-    /// Decodes the tokens from the window on, twice: with and without the new ones. The difference is their
-    /// text. (The window technique of vLLM and text-generation-inference.)
-    fn decode(&mut self) {
+    /// Decodes the tokens from the window up to `end`, twice: with and without the new ones. The difference is
+    /// their text. (The window technique of vLLM and text-generation-inference.)
+    fn decode(&mut self, end: usize) {
         let decode = |tokens: &[u32]| self.tokenizer.decode(tokens, true).unwrap_or_default();
         let before = decode(&self.tokens[self.window..self.decoded]);
-        let with = decode(&self.tokens[self.window..]);
+        let with = decode(&self.tokens[self.window..end]);
         let unfinished = with.ends_with('\u{fffd}') && self.finish.is_none();
         if with.len() > before.len() && !unfinished {
             self.text.push_str(with.get(before.len()..).unwrap_or_default());
             self.window = self.decoded;
-            self.decoded = self.tokens.len();
+            self.decoded = end;
         }
     }
 

@@ -160,6 +160,6 @@ async fn seal(worker: &Arc<Worker>, slot: &Arc<Slot>, lease: &Sealed, tokens: To
         tokens,
         checksums,
         lease_remaining_ms: lease.remaining().as_millis() as u32,
-        capability: 0,
+        capability: lease.capability(),
     }
 }

@@ -71,6 +71,11 @@ impl Runner {
         &self.kv
     }
 
+    /// Resolves when the thread is gone: the engine panicked.
+    pub async fn stopped(&self) {
+        self.commands.closed().await;
+    }
+
     /// Runs a sequence. Its outputs end when it has drawn its last token or was removed.
     pub async fn add(&self, sequence: Sequence) -> Result<mpsc::Receiver<Output>, EngineStopped> {
         let (sender, receiver) = mpsc::channel(OUTPUT_MAX);

@@ -227,7 +227,7 @@ mod tests {
         scheduler.add(sequence(1, 30, 0, 9));
         scheduler.add(sequence(2, 30, 0, 9));
         let step = scheduler.plan(|slot| slot == 2);
-        assert_eq!(step.rows, []);
+        assert!(step.rows.is_empty());
         assert_eq!(step.chunk.unwrap().slot, 2);
     }
 }

@@ -5,7 +5,7 @@ use crate::{
     engine::{Engine, EngineCard},
     kv::{KvPeers, Leases, SlotPool, shm},
     prefill,
-    runner::Runner,
+    runner::{EngineStopped, Runner},
 };
 use forebay_schemas::{
     card::{ModelCard, WorkerLease},
@@ -70,6 +70,9 @@ pub enum WorkerError {
         /// What happened.
         source: std::io::Error,
     },
+    /// The engine panicked. What ran here goes on elsewhere.
+    #[error(transparent)]
+    Engine(#[from] EngineStopped),
 }
 
 /// What all requests of a worker share.
@@ -150,12 +153,15 @@ pub async fn run(
         tokio::spawn(worker.clone().hold_lease(owner.path().display().to_string())),
         tokio::spawn(worker.clone().hear_cancels()),
     ];
-    worker.clone().serve(stop).await;
+    let outcome = tokio::select! {
+        () = worker.clone().serve(stop) => Ok(()),
+        () = worker.runner.stopped() => Err(EngineStopped.into()),
+    };
     background.iter().for_each(tokio::task::JoinHandle::abort);
     if let Err(error) = worker.streams.registry.resign(&worker.id).await {
         tracing::debug!(%error, "the lease will lapse by itself");
     }
-    Ok(())
+    outcome
 }
 
 impl Worker {

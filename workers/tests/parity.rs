@@ -50,7 +50,9 @@ fn quantized_weights_stay_close() {
             let (mut square, mut error) = (0.0, 0.0);
             for (number, prompt) in reference.prompts.iter().enumerate() {
                 engine.prefill(0, 0, &prompt.ids, Some(greedy(0))).unwrap();
-                for (x, exact) in engine.logits().iter().zip(reference.logits(&format!("last_logits.{number}"))) {
+                for (x, exact) in
+                    engine.logits().iter().zip(reference.logits(&format!("last_logits.{number}")))
+                {
                     square += exact * exact;
                     error += (x - exact) * (x - exact);
                 }
@@ -111,7 +113,8 @@ fn batch_equals_alone(mut engine: impl Engine, prompts: &[Vec<u32>], sampling: &
                 engine.prefill(slot, 0, &prompt[..half], None).unwrap();
                 filled[slot as usize] = half as u32;
             } else if step == 3 * i + 1 {
-                let first = engine.prefill(slot, half as u32, &prompt[half..], Some(draw(0))).unwrap().unwrap();
+                let first =
+                    engine.prefill(slot, half as u32, &prompt[half..], Some(draw(0))).unwrap().unwrap();
                 filled[slot as usize] = prompt.len() as u32;
                 drawn[i].push(first.token);
             } else if step > 3 * i && drawn[i].len() < TOKENS && (step + i) % 7 != 0 {
@@ -140,12 +143,14 @@ fn batch_equals_alone(mut engine: impl Engine, prompts: &[Vec<u32>], sampling: &
 fn a_ragged_batch_draws_what_each_row_draws_alone() {
     let sampled = Sampling { temperature: 1.0, top_p: 0.95, top_k: 50, seed: 7 };
     for case in CASES {
-        let prompts: Vec<Vec<u32>> = Reference::read(case).prompts.into_iter().map(|prompt| prompt.ids).collect();
+        let prompts: Vec<Vec<u32>> =
+            Reference::read(case).prompts.into_iter().map(|prompt| prompt.ids).collect();
         for precision in [Precision::F32, INT4] {
             batch_equals_alone(open(case, precision), &prompts, &Sampling::GREEDY);
             batch_equals_alone(open(case, precision), &prompts, &sampled);
         }
-        let sim = SimOptions { slots: 4, positions: 200, vocab: 384, drawn: 3..200, pace: SimPace::default() };
+        let sim =
+            SimOptions { slots: 4, positions: 200, vocab: 384, drawn: 3..200, pace: SimPace::default() };
         batch_equals_alone(SimEngine::new(sim).unwrap(), &prompts, &sampled);
     }
 }
@@ -213,7 +218,8 @@ fn kv_moved_to_another_engine_continues_alike() {
             }
         }
     }
-    let options = SimOptions { slots: 3, positions: 90, vocab: 500, drawn: 100..400, pace: SimPace::default() };
+    let options =
+        SimOptions { slots: 3, positions: 90, vocab: 500, drawn: 100..400, pace: SimPace::default() };
     let mut prefill = SimEngine::new(options.clone()).unwrap();
     let mut decode = SimEngine::new(SimOptions { slots: 5, positions: 300, ..options }).unwrap();
     let expected = alone(&mut prefill, 1, &[1, 2, 3], 64);

@@ -95,7 +95,10 @@ fn other_architectures_and_features_are_refused_by_name() {
         "config.json: the architecture is LlamaForCausalLM; only Qwen3ForCausalLM is supported"
     );
     assert_eq!(refused("attention_bias", json!(true)), "config.json: attention_bias is not supported");
-    assert_eq!(refused("use_sliding_window", json!(true)), "config.json: use_sliding_window is not supported");
+    assert_eq!(
+        refused("use_sliding_window", json!(true)),
+        "config.json: use_sliding_window is not supported"
+    );
     assert_eq!(
         refused("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0})),
         // This config has `rope_parameters` too: what either says counts.
@@ -109,10 +112,19 @@ fn other_architectures_and_features_are_refused_by_name() {
         refused("layer_types", json!(["full_attention", "sliding_attention"])),
         "config.json: layer type \"sliding_attention\" is not supported"
     );
-    assert_eq!(refused("head_dim", json!(24)), "config.json: head_dim 24, which is not a multiple of 16, is not supported");
-    assert_eq!(refused("hidden_size", json!("big")), "config.json: hidden_size is \"big\", not a positive number");
+    assert_eq!(
+        refused("head_dim", json!(24)),
+        "config.json: head_dim 24, which is not a multiple of 16, is not supported"
+    );
+    assert_eq!(
+        refused("hidden_size", json!("big")),
+        "config.json: hidden_size is \"big\", not a positive number"
+    );
     assert_eq!(refused("hidden_size", Value::Null), "config.json: hidden_size is missing");
-    assert!(matches!(Copy::of(SINGLE).config("hidden_act", json!("gelu")).error(), CheckpointError::Unsupported { .. }));
+    assert!(matches!(
+        Copy::of(SINGLE).config("hidden_act", json!("gelu")).error(),
+        CheckpointError::Unsupported { .. }
+    ));
 }
 
 #[test]
@@ -126,9 +138,11 @@ fn head_dim_follows_from_the_hidden_size_and_eos_from_either_file() {
 
 #[test]
 fn missing_files_are_named() {
-    for (case, name) in
-        [(SINGLE, "config.json"), (SINGLE, "model.safetensors"), (SHARDED, "model-00003-of-00004.safetensors")]
-    {
+    for (case, name) in [
+        (SINGLE, "config.json"),
+        (SINGLE, "model.safetensors"),
+        (SHARDED, "model-00003-of-00004.safetensors"),
+    ] {
         let copy = Copy::of(case);
         std::fs::remove_file(copy.path(name)).unwrap();
         assert_eq!(copy.message(), format!("cannot read {name}: No such file or directory (os error 2)"));
@@ -151,7 +165,11 @@ fn missing_tensors_are_named() {
     let copy = Copy::of(SHARDED).json("model.safetensors.index.json", |index| {
         index["weight_map"]["model.norm.weight"] = json!("model-00001-of-00004.safetensors");
     });
-    assert!(copy.message().ends_with("of-00004.safetensors: tensor model.norm.weight is missing"), "{}", copy.message());
+    assert!(
+        copy.message().ends_with("of-00004.safetensors: tensor model.norm.weight is missing"),
+        "{}",
+        copy.message()
+    );
 }
 
 #[test]
@@ -193,7 +211,11 @@ fn truncated_files_are_refused() {
         std::fs::write(copy.path("model.safetensors"), &whole[..keep]).unwrap();
         let error = copy.error();
         assert!(matches!(error, CheckpointError::Damaged { .. }), "{keep} bytes: {error}");
-        assert!(copy.message().starts_with("model.safetensors: truncated or damaged: "), "{}", copy.message());
+        assert!(
+            copy.message().starts_with("model.safetensors: truncated or damaged: "),
+            "{}",
+            copy.message()
+        );
     }
 }
 
@@ -206,8 +228,15 @@ fn a_context_that_the_model_was_not_made_for_is_refused() {
     // 512 positions of context, and the one that takes scratch writes.
     assert_eq!(open(513).unwrap().card().context_limit, 512);
     let error = open(514).err().unwrap();
-    assert!(matches!(error, OpenError::Checkpoint(CheckpointError::ContextTooLong { asked: 513, limit: 512, .. })));
-    assert!(error.to_string().ends_with("config.json: a context of 513 tokens was asked for, but the model was made for 512"));
+    assert!(matches!(
+        error,
+        OpenError::Checkpoint(CheckpointError::ContextTooLong { asked: 513, limit: 512, .. })
+    ));
+    assert!(
+        error
+            .to_string()
+            .ends_with("config.json: a context of 513 tokens was asked for, but the model was made for 512")
+    );
 }
 
 /// Each in a process of its own, because a library stays loaded.
@@ -216,7 +245,9 @@ fn a_bad_library_is_an_error_and_no_panic() {
     if let Ok(library) = std::env::var("FOREBAY_TEST_LIBRARY") {
         let options = OnnxOptions { library: Some(library.into()), positions: 100, ..OnnxOptions::default() };
         match OnnxEngine::open(&dir(SINGLE), &options) {
-            Err(OpenError::Library(error @ (LibraryError::NotFound { .. } | LibraryError::Unusable { .. }))) => {
+            Err(OpenError::Library(
+                error @ (LibraryError::NotFound { .. } | LibraryError::Unusable { .. }),
+            )) => {
                 println!("{error}");
                 assert!(error.to_string().contains("make setup"));
             }

@@ -1,7 +1,12 @@
 //! How fast: `cargo test --release -p forebay-api --test gateway -- --ignored --nocapture speed`.
 
 use crate::site::{Site, ask};
-use forebay_schemas::event::FinishReason;
+use forebay_api::GatewayConfig;
+use forebay_schemas::{event::FinishReason, ids::ModelKey};
+use forebay_streams::{
+    jetstream::{Limits, Options, connect},
+    server::Server,
+};
 use futures::{StreamExt, future::join_all};
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -12,7 +17,31 @@ const TOKENS: usize = 1000;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
 async fn speed_of_many_streams() {
-    let site = Site::start().await;
+    many_streams(Site::start().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn speed_of_many_streams_over_nats() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(None, folder.path(), 0).unwrap();
+    many_streams(over(&server).await).await;
+}
+
+async fn over(server: &Server) -> Site {
+    let options = Options {
+        url: server.url(),
+        name: "speed".into(),
+        inbox_prefix: "_INBOX.speed".into(),
+        credentials: None,
+        limits: Limits::default(),
+    };
+    let streams = connect(options).await.unwrap();
+    streams.tasks.ensure(&ModelKey::of("demo")).await.unwrap();
+    Site::with(streams, GatewayConfig::default()).await
+}
+
+async fn many_streams(site: Site) {
     let request = ask(json!({ "stream": true }));
     let began = Instant::now();
     let clients = join_all((0..STREAMS).map(|_| async {
@@ -46,7 +75,18 @@ async fn speed_of_many_streams() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
 async fn speed_of_a_first_token() {
-    let site = Site::start().await;
+    first_token(Site::start().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn speed_of_a_first_token_over_nats() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(None, folder.path(), 0).unwrap();
+    first_token(over(&server).await).await;
+}
+
+async fn first_token(site: Site) {
     let request = ask(json!({ "stream": true }));
     let mut added = Vec::new();
     for _ in 0..500 {

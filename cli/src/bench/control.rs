@@ -33,10 +33,18 @@ const STEP_US: f64 = 5000.0;
 pub(crate) fn run(args: &ControlArgs) -> anyhow::Result<()> {
     println!("\n# Control plane (simulated engine, every token in the log, all processes on this machine)\n");
     added_latency(args)?;
-    let deployment = Deployment::start(&["--engine", "sim", "--prefill", "0", "--slots", "128"])?;
+    println!("an engine as fast as its tokens are taken, which then come several to an event:");
+    throughput(args, &args.concurrency, "0")?;
+    println!("\nan engine with a step of 2 ms, whatever the batch:");
+    throughput(args, &args.concurrency[args.concurrency.len().saturating_sub(1)..], "2000")
+}
+
+fn throughput(args: &ControlArgs, concurrency: &[usize], step_us: &str) -> anyhow::Result<()> {
+    let deployment =
+        Deployment::start(&["--engine", "sim", "--prefill", "0", "--slots", "128", "--sim-step-us", step_us])?;
     let runtime = client_runtime()?;
     println!("{}  CPU seconds: gateway  workers  nats-server  (gateway MiB)", Report::HEADER);
-    for clients in &args.concurrency {
+    for clients in concurrency {
         let requests = (args.total / u64::from(args.tokens) / *clients as u64).clamp(4, 400);
         let load = load(&deployment, *clients, requests, args.tokens);
         runtime.block_on(measure(&Load { requests: 2, ..load.clone() }));

@@ -55,6 +55,8 @@ pub(super) struct Report {
     pub(super) first_failure: Option<String>,
     pub(super) prompt_tokens: u64,
     pub(super) tokens: u64,
+    /// Chunks with text that these tokens came in.
+    pub(super) chunks: u64,
     pub(super) seconds: f64,
     /// Time to the first token, sorted.
     pub(super) ttft: Vec<f64>,
@@ -63,20 +65,17 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn tokens_per_s(&self) -> f64 {
-        self.tokens as f64 / self.seconds
-    }
-
     pub(super) const HEADER: &'static str =
-        " clients  requests  failed   tokens/s   TTFT p50   TTFT p99    ITL p50    ITL p99";
+        " clients  requests  failed   tokens/s  tokens/chunk   TTFT p50   TTFT p99    ITL p50    ITL p99";
 
     pub(super) fn row(&self) -> String {
         format!(
-            "{:>8} {:>9} {:>7} {:>10.1} {:>7.2} ms {:>7.2} ms {:>7.3} ms {:>7.3} ms",
+            "{:>8} {:>9} {:>7} {:>10.1} {:>13.1} {:>7.2} ms {:>7.2} ms {:>7.3} ms {:>7.3} ms",
             self.clients,
             self.requests,
             self.failed,
-            self.tokens_per_s(),
+            self.tokens as f64 / self.seconds,
+            self.tokens as f64 / self.chunks as f64,
             percentile(&self.ttft, 0.5),
             percentile(&self.ttft, 0.99),
             percentile(&self.itl, 0.5),
@@ -165,6 +164,7 @@ pub(super) async fn measure(load: &Load) -> Report {
         first_failure: answers.iter().find_map(|answer| answer.as_ref().err().map(|error| format!("{error:#}"))),
         prompt_tokens: good.iter().map(|answer| answer.prompt_tokens).sum(),
         tokens: good.iter().map(|answer| answer.tokens).sum(),
+        chunks: good.iter().map(|answer| answer.chunks).sum(),
         seconds,
         ttft: sorted(|answer| answer.ttft_ms),
         itl: sorted(|answer| answer.itl_ms),
@@ -174,6 +174,7 @@ pub(super) async fn measure(load: &Load) -> Report {
 struct Answer {
     prompt_tokens: u64,
     tokens: u64,
+    chunks: u64,
     ttft_ms: f64,
     itl_ms: f64,
 }
@@ -193,34 +194,36 @@ async fn ask(client: &reqwest::Client, load: &Load, number: u64) -> anyhow::Resu
     if !answer.status().is_success() {
         bail!("{}: {}", answer.status(), answer.text().await.unwrap_or_default());
     }
-    let (mut first, mut last, mut tail) = (None, begun, Vec::new());
+    let (mut first, mut last, mut chunks, mut tail) = (None, begun, 0, Vec::new());
     while let Some(bytes) = answer.chunk().await? {
         let now = Instant::now();
         // The first chunk of a stream may hold the role alone; a token comes with content.
-        if first.is_none() && contains(&bytes, b"\"content\":\"") && !contains(&bytes, b"\"content\":\"\"") {
-            first = Some(now);
-        }
-        if contains(&bytes, b"\"finish_reason\":null") {
+        let texts = occurrences(&bytes, b"\"content\":\"") - occurrences(&bytes, b"\"content\":\"\"");
+        if texts > 0 {
+            first.get_or_insert(now);
             last = now;
+            chunks += texts;
         }
         // Only the end is parsed: a client that parsed every chunk would measure itself.
         tail.extend_from_slice(&bytes);
         let keep = tail.len().saturating_sub(8192);
         tail.drain(..keep);
     }
-    let usage = last_usage(&tail).context("the stream ended without usage")?;
+    let usage = last_usage(&tail)
+        .with_context(|| format!("the stream ended without usage: …{}", String::from_utf8_lossy(&tail).trim_end()))?;
     let (prompt_tokens, tokens) = (count(&usage, "prompt_tokens"), count(&usage, "completion_tokens"));
     let first = first.unwrap_or(last);
     Ok(Answer {
         prompt_tokens,
         tokens,
+        chunks,
         ttft_ms: (first - begun).as_secs_f64() * 1e3,
         itl_ms: (last - first).as_secs_f64() * 1e3 / tokens.saturating_sub(1) as f64,
     })
 }
 
-fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
-    bytes.windows(wanted.len()).any(|window| window == wanted)
+fn occurrences(bytes: &[u8], wanted: &[u8]) -> u64 {
+    memchr::memmem::find_iter(bytes, wanted).count() as u64
 }
 
 fn last_usage(tail: &[u8]) -> Option<serde_json::Value> {

@@ -148,7 +148,7 @@ impl Owner {
             tokens,
             checksums: sums(&self.region, &self.layout, 0, tokens),
             lease_remaining_ms: 60_000,
-            capability: 0,
+            capability: sealed.capability(),
         };
         (handle, sealed)
     }

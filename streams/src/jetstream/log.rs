@@ -45,6 +45,9 @@ impl EventLog for JetStream {
                 Err(PublishError::Refused { code, description }) if FULL.contains(&code) => {
                     return Err(AppendError::Full(description));
                 }
+                Err(PublishError::TooLarge) => {
+                    return Err(AppendError::TooLarge { log: log.clone(), bytes: payload.len() });
+                }
                 Err(PublishError::Refused { code, description }) => format!("{description} ({code})"),
                 // If it was stored and only the answer got lost, the repeat conflicts with it.
                 Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => cause,

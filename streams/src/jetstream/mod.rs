@@ -36,9 +36,10 @@ impl JetStream {
         let request = Request::new().headers(headers).payload(payload).timeout(Some(REQUEST_TIMEOUT));
         let reply = self.client.send_request(subject, request).await.map_err(|error| match error.kind() {
             // Nothing was sent, or no stream listens (the server is starting): certainly not stored.
-            RequestErrorKind::NoResponders | RequestErrorKind::InvalidSubject | RequestErrorKind::MaxPayloadExceeded => {
+            RequestErrorKind::NoResponders | RequestErrorKind::InvalidSubject => {
                 PublishError::NotStored(error.to_string())
             }
+            RequestErrorKind::MaxPayloadExceeded => PublishError::TooLarge,
             _ => PublishError::Unknown(error.to_string()),
         })?;
         let ack: PublishAck =
@@ -73,6 +74,8 @@ enum PublishError {
     Refused { code: u32, description: String },
     /// The message was certainly not stored.
     NotStored(String),
+    /// The server takes no message of this size.
+    TooLarge,
     /// No answer: it may be stored.
     Unknown(String),
 }

@@ -50,6 +50,7 @@ impl Tasks for JetStream {
                 }
                 Err(PublishError::Refused { code, description }) => trouble = format!("{description} ({code})"),
                 Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => trouble = cause,
+                Err(PublishError::TooLarge) => trouble = "a task larger than the server takes".to_owned(),
             }
         }
         Err(StreamError::new(format!("queueing a {} task of model {model}", role.as_str()), trouble).into())

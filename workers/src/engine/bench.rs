@@ -88,7 +88,10 @@ pub fn bench(
         prefill: Vec::new(),
         decode: Vec::new(),
     };
-    said(&format!("{}: loaded in {:.0} ms, {} MiB at most", report.weights, report.load_ms, report.peak_rss_loaded_mib));
+    said(&format!(
+        "{}: loaded in {:.0} ms, {} MiB at most",
+        report.weights, report.load_ms, report.peak_rss_loaded_mib
+    ));
     for tokens in &plan.prefills {
         let rate = prefill(&mut engine, *tokens, plan)?;
         said(&format!("prefill {tokens:>5} tokens: {rate:8.1} tok/s"));

@@ -6,7 +6,9 @@
 
 use super::{binding::with_wide_vectors, sampler};
 use ort::{
-    operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput},
+    operator::{
+        ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput,
+    },
     value::TensorElementType::Float32,
 };
 use std::{ops::RangeInclusive, sync::Mutex};
@@ -71,7 +73,9 @@ impl Kernel for QkNorm {
         let (_, output) = output.try_extract_tensor_mut::<f32>()?;
         let width = (self.heads + 2 * self.kv_heads) * self.head_dim;
         let norm = *self;
-        for_rows(context, (packed, width), (output, width), |packed, output| norm.row(packed, query, key, output))
+        for_rows(context, (packed, width), (output, width), |packed, output| {
+            norm.row(packed, query, key, output);
+        })
     }
 }
 

@@ -82,7 +82,12 @@ pub(super) fn with_operators(options: SessionBuilder, config: &ModelConfig) -> o
 }
 
 /// The model of a checkpoint, for slots of `positions` positions. Quantizes on `threads` threads.
-pub(super) fn build(checkpoint: &Checkpoint, precision: Precision, positions: usize, threads: usize) -> ort::Result<Model> {
+pub(super) fn build(
+    checkpoint: &Checkpoint,
+    precision: Precision,
+    positions: usize,
+    threads: usize,
+) -> ort::Result<Model> {
     let mut builder = Builder { graph: Graph::new()?, checkpoint, precision, threads, nodes: 0 };
     builder.declare()?;
     builder.rope_tables(positions)?;
@@ -111,7 +116,8 @@ impl Builder<'_> {
         let config = self.checkpoint.config();
         let kv_shape = [-1, config.kv_heads as i64, -1, config.head_dim as i64];
         let kv = |what: &str| -> Vec<Outlet> {
-            let names = (0..config.layers).flat_map(|layer| ["k", "v"].map(|kv| format!("{what}.{layer}.{kv}")));
+            let names =
+                (0..config.layers).flat_map(|layer| ["k", "v"].map(|kv| format!("{what}.{layer}.{kv}")));
             names.map(|name| outlet(&name, Float32, &kv_shape)).collect()
         };
         let mut inputs = vec![
@@ -132,7 +138,8 @@ impl Builder<'_> {
     fn rope_tables(&mut self, positions: usize) -> ort::Result<()> {
         let config = self.checkpoint.config();
         let half = config.head_dim / 2;
-        let frequency = |i: usize| 1.0 / (config.rope_theta as f32).powf((2 * i) as f32 / config.head_dim as f32);
+        let frequency =
+            |i: usize| 1.0 / (config.rope_theta as f32).powf((2 * i) as f32 / config.head_dim as f32);
         let frequencies: Vec<f32> = (0..half).map(frequency).collect();
         let angles = |of: fn(f32) -> f32| -> Vec<f32> {
             (0..positions).flat_map(|p| frequencies.iter().map(move |f| of(p as f32 * f))).collect()
@@ -206,7 +213,13 @@ impl Builder<'_> {
             int("do_rotary", 1)?,
             Attribute::new("scale", 1.0 / (config.head_dim as f32).sqrt())?,
         ];
-        self.node(MICROSOFT, "GroupQueryAttention", &inputs, &[&at("attended"), &present_k, &present_v], attributes)
+        self.node(
+            MICROSOFT,
+            "GroupQueryAttention",
+            &inputs,
+            &[&at("attended"), &present_k, &present_v],
+            attributes,
+        )
     }
 
     fn head(&mut self) -> ort::Result<()> {
@@ -312,7 +325,8 @@ fn int<T: TryInto<i64>>(name: &str, value: T) -> ort::Result<Attribute> {
 
 /// A graph input or output; −1 is a dimension known at run time.
 fn outlet(name: &str, element: TensorElementType, shape: &[i64]) -> Outlet {
-    let symbol = |(axis, size): (usize, &i64)| if *size < 0 { format!("{name}.{axis}") } else { String::new() };
+    let symbol =
+        |(axis, size): (usize, &i64)| if *size < 0 { format!("{name}.{axis}") } else { String::new() };
     let dimension_symbols = SymbolicDimensions::new(shape.iter().enumerate().map(symbol));
     let ty = ValueType::Tensor { ty: element, shape: Shape::new(shape.iter().copied()), dimension_symbols };
     Outlet::new(name, ty)

@@ -55,14 +55,17 @@ pub fn load(explicit: Option<&Path>) -> Result<Environment, LibraryError> {
     }
     let path = find(explicit)?;
     let builder = ort::init_from(&path).map_err(|error| match error {
-        LoadDynamicError::BadVersion { version_str, path } => LibraryError::TooOld { path, version: version_str },
-        LoadDynamicError::Dlopen { error, .. } if path.as_os_str() == NAME => {
-            LibraryError::NotFound { reason: format!("no .forebay/lib here or above, and the system has none: {error}") }
+        LoadDynamicError::BadVersion { version_str, path } => {
+            LibraryError::TooOld { path, version: version_str }
         }
+        LoadDynamicError::Dlopen { error, .. } if path.as_os_str() == NAME => LibraryError::NotFound {
+            reason: format!("no .forebay/lib here or above, and the system has none: {error}"),
+        },
         other => LibraryError::Unusable { path: path.clone(), reason: other.to_string() },
     })?;
     let environment = builder.with_name("forebay").with_telemetry(false).build();
-    let environment = environment.map_err(|error| LibraryError::Unusable { path, reason: error.to_string() })?;
+    let environment =
+        environment.map_err(|error| LibraryError::Unusable { path, reason: error.to_string() })?;
     Ok(loaded.insert(environment).clone())
 }
 
@@ -73,7 +76,9 @@ fn find(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
         // Absolute, because `ort` takes a relative path from the executable's directory.
         return match std::path::absolute(&path) {
             Ok(path) if path.is_file() => Ok(path),
-            _ => Err(LibraryError::NotFound { reason: format!("{by} names {}, which is no file", path.display()) }),
+            _ => Err(LibraryError::NotFound {
+                reason: format!("{by} names {}, which is no file", path.display()),
+            }),
         };
     }
     let executable_dir = std::env::current_exe().ok().and_then(|path| path.parent().map(Path::to_owned));
@@ -85,7 +90,9 @@ fn find(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
 
 /// The library in a directory; of several versions, the highest.
 fn newest_in(dir: &Path) -> Option<PathBuf> {
-    let version = |name: &str| -> Vec<u32> { name[NAME.len()..].split('.').filter_map(|part| part.parse().ok()).collect() };
+    let version = |name: &str| -> Vec<u32> {
+        name[NAME.len()..].split('.').filter_map(|part| part.parse().ok()).collect()
+    };
     std::fs::read_dir(dir)
         .ok()?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
@@ -101,7 +108,9 @@ mod tests {
     #[test]
     fn the_newest_of_several_is_taken() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["libonnxruntime.so.1.9.0", "libonnxruntime.so.1.32.0", "libonnxruntime.so.1.4.0", "other.so"] {
+        for name in
+            ["libonnxruntime.so.1.9.0", "libonnxruntime.so.1.32.0", "libonnxruntime.so.1.4.0", "other.so"]
+        {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         assert_eq!(newest_in(dir.path()), Some(dir.path().join("libonnxruntime.so.1.32.0")));

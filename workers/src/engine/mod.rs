@@ -4,7 +4,8 @@
 //! sequence; `prefill` fills positions of one slot, `decode` adds one position to each of many. Scheduling,
 //! block reuse and KV movement are the caller's: the engine reads and writes the positions it is told to.
 //!
-//! Read next: [`sim`] (the smallest engine).
+//! Read next: [`sim`], the smallest engine; then [`onnx`], the one that serves, and what it is made of:
+//! [`checkpoint`] → [`quantize`] → [`graph`] → `binding`.
 
 pub mod bench;
 mod binding;
@@ -55,7 +56,8 @@ pub trait Engine: Send {
     /// get a scratch write of one position: `parked[slot]`, which must be a position where that does no harm: 0
     /// for a free slot, the number of positions filled for one that waits or is being prefilled, and a position
     /// beyond the range being copied for one that is being loaded. Entries of slots in `rows` are ignored.
-    fn decode(&mut self, rows: &[Row<'_>], parked: &[u32], out: &mut Vec<Sampled>) -> Result<(), EngineError>;
+    fn decode(&mut self, rows: &[Row<'_>], parked: &[u32], out: &mut Vec<Sampled>)
+    -> Result<(), EngineError>;
 }
 
 /// One sequence's part in a decode step.

@@ -43,7 +43,14 @@ pub struct OnnxOptions {
 impl Default for OnnxOptions {
     fn default() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-        OnnxOptions { precision: Precision::default(), slots: 8, positions: 2049, threads, spin: true, library: None }
+        OnnxOptions {
+            precision: Precision::default(),
+            slots: 8,
+            positions: 2049,
+            threads,
+            spin: true,
+            library: None,
+        }
     }
 }
 
@@ -123,7 +130,12 @@ impl OnnxEngine {
     }
 
     /// Draws row number `row` of the last step.
-    fn draw(&mut self, row: usize, (slot, position): (u32, u32), draw: Draw<'_>) -> Result<Sampled, EngineError> {
+    fn draw(
+        &mut self,
+        row: usize,
+        (slot, position): (u32, u32),
+        draw: Draw<'_>,
+    ) -> Result<Sampled, EngineError> {
         let vocab = self.card.vocab as usize;
         let logits = &mut self.logits.data_mut()[row * vocab..][..vocab];
         match sampler::sample(logits, draw.sampling, draw.index) {
@@ -175,7 +187,12 @@ impl Engine for OnnxEngine {
         draw.map(|draw| self.draw(0, (slot, last as u32), draw)).transpose()
     }
 
-    fn decode(&mut self, rows: &[Row<'_>], parked: &[u32], out: &mut Vec<Sampled>) -> Result<(), EngineError> {
+    fn decode(
+        &mut self,
+        rows: &[Row<'_>],
+        parked: &[u32],
+        out: &mut Vec<Sampled>,
+    ) -> Result<(), EngineError> {
         out.clear();
         self.card.check_rows(rows, parked)?;
         let Some(highest) = rows.last().map(|row| row.slot as usize) else { return Ok(()) };
@@ -240,12 +257,17 @@ fn card(checkpoint: &Checkpoint, options: &OnnxOptions) -> EngineCard {
     }
 }
 
-fn program(environment: &Environment, checkpoint: &Checkpoint, options: &OnnxOptions) -> ort::Result<Program> {
+fn program(
+    environment: &Environment,
+    checkpoint: &Checkpoint,
+    options: &OnnxOptions,
+) -> ort::Result<Program> {
     let builder = Session::builder(environment)?
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_intra_threads(options.threads)?
-        .with_intra_op_spinning(options.spin)?;
-    let builder = match std::env::var("TMP_PROFILE") { Ok(p) => builder.with_profiling(p)?, _ => builder };
+        .with_intra_op_spinning(options.spin)?
+        // Plans for shapes seen before: of no use where lengths never repeat, and it keeps their memory.
+        .with_memory_pattern(false)?;
     let builder = graph::with_operators(builder, checkpoint.config())?;
     let model = graph::build(checkpoint, options.precision, options.positions as usize, options.threads)?;
     Program::new(environment, builder, graph::EMPTY_MODEL, &model, checkpoint.config().layers)

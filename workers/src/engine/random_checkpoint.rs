@@ -67,7 +67,10 @@ fn write_weights(mut file: impl Write, config: &ModelConfig, seed: u64) -> Resul
     for (name, shape) in &tensors {
         let start = end;
         end += shape.iter().product::<usize>() * 2;
-        header.insert(name.clone(), serde_json::json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
+        header.insert(
+            name.clone(),
+            serde_json::json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}),
+        );
     }
     let mut header = serde_json::Value::Object(header).to_string();
     // Padded so that the tensors are aligned in the mapped file.
@@ -116,7 +119,8 @@ mod tests {
 
     #[test]
     fn what_is_written_opens_and_is_spread_like_weights() {
-        let config = ModelConfig { hidden: 64, layers: 2, intermediate: 96, vocab: 100, ..ModelConfig::qwen3_0_6b() };
+        let config =
+            ModelConfig { hidden: 64, layers: 2, intermediate: 96, vocab: 100, ..ModelConfig::qwen3_0_6b() };
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &config, 1).unwrap();
         let checkpoint = Checkpoint::open(dir.path()).unwrap();

@@ -123,12 +123,15 @@ impl SimEngine {
             let left = end.saturating_duration_since(Instant::now());
             match left {
                 Duration::ZERO => break,
-                left if left > Duration::from_micros(100) => std::thread::sleep(left - Duration::from_micros(60)),
+                left if left > Duration::from_micros(100) => {
+                    std::thread::sleep(left - Duration::from_micros(60));
+                }
                 _ if asked > Duration::from_micros(100) => std::thread::sleep(left),
                 _ => std::hint::spin_loop(),
             }
         }
-        self.overslept = (self.overslept + start.elapsed()).saturating_sub(asked).min(Duration::from_millis(10));
+        self.overslept =
+            (self.overslept + start.elapsed()).saturating_sub(asked).min(Duration::from_millis(10));
     }
 }
 
@@ -159,7 +162,12 @@ impl Engine for SimEngine {
         Ok(draw.map(|draw| self.draw(hash, draw)))
     }
 
-    fn decode(&mut self, rows: &[Row<'_>], parked: &[u32], out: &mut Vec<Sampled>) -> Result<(), EngineError> {
+    fn decode(
+        &mut self,
+        rows: &[Row<'_>],
+        parked: &[u32],
+        out: &mut Vec<Sampled>,
+    ) -> Result<(), EngineError> {
         let begun = Instant::now();
         out.clear();
         self.card.check_rows(rows, parked)?;

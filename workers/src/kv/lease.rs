@@ -89,7 +89,8 @@ impl Leases {
     pub fn seal(&self, slot: u32, lease: Duration) -> Sealed {
         let generation = self.word(slot).generation() + 1;
         self.words.store(slot as usize, Word::Sealed(generation).pack());
-        Sealed { leases: self.clone(), slot, generation, until: Instant::now() + lease }
+        let capability = uuid::Uuid::new_v4().as_u64_pair().0;
+        Sealed { leases: self.clone(), slot, generation, capability, until: Instant::now() + lease }
     }
 
     fn open_next(&self, slot: u32, generation: u64) {
@@ -103,6 +104,7 @@ pub struct Sealed {
     leases: Leases,
     slot: u32,
     generation: u64,
+    capability: u64,
     until: Instant,
 }
 
@@ -110,6 +112,11 @@ impl Sealed {
     /// The generation that handles name.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// What a reader must show where the owner serves the read. (Over `shm` the descriptors are the right to read.)
+    pub fn capability(&self) -> u64 {
+        self.capability
     }
 
     /// How long the lease still lasts.

@@ -65,7 +65,13 @@ pub(crate) fn alone(engine: &mut dyn Engine, slot: u32, prompt: &[u32], count: u
 }
 
 /// `count` tokens with `first`, which was drawn after `filled` positions.
-pub(crate) fn continued(engine: &mut dyn Engine, slot: u32, filled: usize, first: u32, count: usize) -> Vec<u32> {
+pub(crate) fn continued(
+    engine: &mut dyn Engine,
+    slot: u32,
+    filled: usize,
+    first: u32,
+    count: usize,
+) -> Vec<u32> {
     let (mut tokens, mut out) = (vec![first], Vec::new());
     while tokens.len() < count {
         let (position, token) = ((filled + tokens.len() - 1) as u32, tokens[tokens.len() - 1]);

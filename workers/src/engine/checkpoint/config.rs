@@ -132,10 +132,14 @@ impl JsonFile {
         };
         if !config.heads.is_multiple_of(config.kv_heads) {
             let (heads, kv_heads) = (config.heads, config.kv_heads);
-            return Err(self.malformed(format!("{heads} attention heads do not share {kv_heads} key-value heads evenly")));
+            return Err(self.malformed(format!(
+                "{heads} attention heads do not share {kv_heads} key-value heads evenly"
+            )));
         }
         if !config.head_dim.is_multiple_of(16) {
-            return Err(self.unsupported(format!("head_dim {}, which is not a multiple of 16,", config.head_dim)));
+            return Err(
+                self.unsupported(format!("head_dim {}, which is not a multiple of 16,", config.head_dim))
+            );
         }
         Ok(config)
     }
@@ -162,11 +166,15 @@ impl JsonFile {
             return Err(self.unsupported(format!("hidden_act {activation}")));
         }
         let layer_types = self.get("layer_types").and_then(Value::as_array);
-        if let Some(other) = layer_types.and_then(|types| types.iter().find(|layer| *layer != "full_attention")) {
+        if let Some(other) =
+            layer_types.and_then(|types| types.iter().find(|layer| *layer != "full_attention"))
+        {
             return Err(self.unsupported(format!("layer type {other}")));
         }
         if self.get("quantization_config").is_some() {
-            return Err(self.unsupported("a quantized checkpoint (quantization_config): give the original weights"));
+            return Err(
+                self.unsupported("a quantized checkpoint (quantization_config): give the original weights")
+            );
         }
         Ok(())
     }

@@ -255,11 +255,13 @@ fn open_shards(dir: &Path) -> Result<Shards, CheckpointError> {
 
 impl Shards {
     fn find(&self, tensor: &str, shape: &[usize]) -> Result<WeightTensor, CheckpointError> {
-        let missing = |file: &Path| CheckpointError::MissingTensor { file: file.to_owned(), tensor: tensor.to_owned() };
+        let missing =
+            |file: &Path| CheckpointError::MissingTensor { file: file.to_owned(), tensor: tensor.to_owned() };
         let shard = match &self.index {
             None => self.shards.values().next().expect("a checkpoint without an index has one file"),
             Some(index) => {
-                let named = index.get("weight_map").and_then(|map| map.get(tensor)).and_then(|name| name.as_str());
+                let named =
+                    index.get("weight_map").and_then(|map| map.get(tensor)).and_then(|name| name.as_str());
                 &self.shards[named.ok_or_else(|| missing(index.path()))?]
             }
         };

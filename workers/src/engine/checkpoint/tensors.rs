@@ -103,7 +103,8 @@ impl WeightTensor {
                 }
             }
             Dtype::F16 => {
-                let halves: Vec<f16> = bytes.chunks_exact(2).map(|two| f16::from_le_bytes([two[0], two[1]])).collect();
+                let halves: Vec<f16> =
+                    bytes.chunks_exact(2).map(|two| f16::from_le_bytes([two[0], two[1]])).collect();
                 halves.convert_to_f32_slice(out);
             }
             Dtype::F32 => {
@@ -137,7 +138,8 @@ impl Shard {
         let file = MappedFile::open(&path).map_err(|source| CheckpointError::unreadable(&path, source))?;
         let damaged = |problem: String| CheckpointError::Damaged { file: path.clone(), problem };
         let bytes = file.bytes();
-        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
+        let (header, metadata) =
+            SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
         let start = 8 + header;
         let tensors = metadata.tensors().into_iter().map(|(name, info)| {
             let (begin, end) = info.data_offsets;
@@ -152,7 +154,11 @@ impl Shard {
     }
 
     /// The tensor, if the file has it and it is what the model needs.
-    pub(super) fn tensor(&self, name: &str, expected: &[usize]) -> Result<Option<WeightTensor>, CheckpointError> {
+    pub(super) fn tensor(
+        &self,
+        name: &str,
+        expected: &[usize],
+    ) -> Result<Option<WeightTensor>, CheckpointError> {
         let Some((dtype, shape, range)) = self.tensors.get(name) else { return Ok(None) };
         let (file, tensor) = (self.path.clone(), name.to_owned());
         let dtype = match dtype {

@@ -1,0 +1,192 @@
+//! A client in Rust, for tests that do something while an answer comes. The official one is driven from Python.
+
+use crate::PATIENCE;
+use forebay_schemas::{
+    event::FinishReason,
+    ids::RequestId,
+    openai::{ChatChunk, ChatCompletion, TokenUsage},
+};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// What is asked.
+#[derive(Clone, Debug)]
+pub struct Chat(Value);
+
+impl Chat {
+    /// One question, answered greedily.
+    pub fn new(question: &str) -> Chat {
+        let messages = json!([{ "role": "user", "content": question }]);
+        Chat(json!({ "model": crate::deployment::MODEL, "messages": messages, "temperature": 0 }))
+    }
+
+    /// That many tokens exactly.
+    pub fn tokens(self, count: u32) -> Chat {
+        self.with("max_tokens", json!(count)).with("ignore_eos", json!(true))
+    }
+
+    /// With this seed.
+    pub fn seed(self, seed: u64) -> Chat {
+        self.with("seed", json!(seed))
+    }
+
+    /// With any other field.
+    pub fn with(mut self, field: &str, value: Value) -> Chat {
+        self.0[field] = value;
+        self
+    }
+}
+
+/// An answer, as far as it was read.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Whose answer.
+    pub request: RequestId,
+    /// HTTP status.
+    pub status: u16,
+    /// The text.
+    pub text: String,
+    /// Why it ended; none if it did not end well, or was not read to its end.
+    pub finish: Option<FinishReason>,
+    /// Tokens counted.
+    pub usage: Option<TokenUsage>,
+    /// The error, if that was the answer or ended it.
+    pub error: Option<Value>,
+}
+
+/// A client of one gateway.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    url: String,
+}
+
+impl Client {
+    /// For a gateway at `http://host:port`.
+    pub fn new(url: &str) -> Client {
+        let http = reqwest::Client::builder().no_proxy().timeout(2 * PATIENCE).build().expect("a client");
+        Client { http, url: url.to_owned() }
+    }
+
+    /// Waits until the gateway says that it is ready.
+    pub async fn wait_ready(&self) {
+        let ready = || self.http.get(format!("{}/ready", self.url)).timeout(Duration::from_secs(5)).send();
+        while !ready().await.is_ok_and(|answer| answer.status().is_success()) {
+            tokio::time::sleep(crate::process::POLL).await;
+        }
+    }
+
+    /// Asks, and waits for the whole answer.
+    ///
+    /// # Panics
+    /// If the gateway can't be reached or does not answer as OpenAI does.
+    pub async fn ask(&self, chat: &Chat) -> Answer {
+        let response = self.post(chat.0.to_string()).await;
+        let (request, status) = (request_of(&response), response.status().as_u16());
+        let body = response.text().await.expect("a body");
+        let mut answer = Answer { request, status, text: String::new(), finish: None, usage: None, error: None };
+        if status == 200 {
+            let completion: ChatCompletion = serde_json::from_str(&body).expect("a completion");
+            answer.text = completion.choices[0].message.content.clone().expect("a text");
+            answer.finish = completion.choices[0].finish_reason;
+            answer.usage = Some(completion.usage);
+        } else {
+            answer.error = Some(error_of(&body));
+        }
+        answer
+    }
+
+    /// Asks for a stream.
+    pub async fn stream(&self, chat: &Chat) -> Streaming {
+        let chat = chat.clone().with("stream", json!(true)).with("stream_options", json!({ "include_usage": true }));
+        let response = self.post(chat.0.to_string()).await;
+        let (request, status) = (request_of(&response), response.status().as_u16());
+        assert_eq!(status, 200, "{}", response.text().await.unwrap_or_default());
+        let answer = Answer { request, status, text: String::new(), finish: None, usage: None, error: None };
+        Streaming { response, unread: Vec::new(), answer, done: false }
+    }
+
+    /// Sends any body, and returns the status and the error.
+    pub async fn refused(&self, body: impl Into<String>) -> (u16, Value) {
+        let response = self.post(body.into()).await;
+        (response.status().as_u16(), error_of(&response.text().await.expect("a body")))
+    }
+
+    async fn post(&self, body: String) -> reqwest::Response {
+        let request = self.http.post(format!("{}/v1/chat/completions", self.url));
+        request.header("content-type", "application/json").body(body).send().await.expect("the gateway answers")
+    }
+}
+
+/// An answer that comes. Dropped before its end, the connection is closed.
+pub struct Streaming {
+    response: reqwest::Response,
+    unread: Vec<u8>,
+    answer: Answer,
+    done: bool,
+}
+
+impl Streaming {
+    /// What was read so far.
+    pub fn answer(&self) -> &Answer {
+        &self.answer
+    }
+
+    /// Reads on until there is this much text, or the answer ends.
+    pub async fn read_text(&mut self, bytes: usize) {
+        while self.answer.text.len() < bytes && self.read().await {}
+    }
+
+    /// Reads to the end.
+    ///
+    /// # Panics
+    /// If the stream breaks off: it must end with `[DONE]` or an error.
+    pub async fn to_end(mut self) -> Answer {
+        while self.read().await {}
+        assert!(self.done, "the stream broke off after {:?}", self.answer);
+        self.answer
+    }
+
+    /// Reads some more. False at the end.
+    async fn read(&mut self) -> bool {
+        let Ok(Some(bytes)) = self.response.chunk().await else { return false };
+        self.unread.extend_from_slice(&bytes);
+        while let Some(end) = self.unread.windows(2).position(|pair| pair == b"\n\n") {
+            let event: Vec<u8> = self.unread.drain(..end + 2).collect();
+            self.take(std::str::from_utf8(&event[..end]).expect("UTF-8"));
+        }
+        true
+    }
+
+    fn take(&mut self, event: &str) {
+        // Comments only keep the connection busy.
+        let Some(data) = event.strip_prefix("data: ") else { return };
+        assert!(!self.done, "{data} after the end");
+        if data == "[DONE]" {
+            self.done = true;
+            return;
+        }
+        let Ok(chunk) = serde_json::from_str::<ChatChunk>(data) else {
+            self.answer.error = Some(error_of(data));
+            self.done = true;
+            return;
+        };
+        self.answer.usage = chunk.usage.or(self.answer.usage);
+        for choice in chunk.choices {
+            assert!(self.answer.finish.is_none(), "{data} after the finish reason");
+            self.answer.text += choice.delta.content.as_deref().unwrap_or_default();
+            self.answer.finish = choice.finish_reason;
+        }
+    }
+}
+
+fn request_of(response: &reqwest::Response) -> RequestId {
+    let id = response.headers().get("x-request-id").and_then(|id| id.to_str().ok());
+    id.and_then(|id| id.parse().ok()).expect("every answer names its request")
+}
+
+fn error_of(body: &str) -> Value {
+    let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("an error in JSON, not {body:?}"));
+    assert!(body["error"]["message"].is_string(), "an error has a message: {body}");
+    body["error"].clone()
+}

@@ -1,0 +1,296 @@
+//! A deployment whose processes are started one by one, so that a test can kill, stop and replace each.
+
+use crate::{
+    client::{Answer, Client},
+    files, invariants,
+    process::{Process, Watchdog},
+    soon,
+};
+use forebay_schemas::{
+    event::Event,
+    ids::{ModelKey, RequestId, WorkerId},
+    lifecycle::Lifecycle,
+    task::Role,
+};
+use forebay_streams::{
+    Streams,
+    jetstream::{self, Limits, Options},
+    log::Recorded,
+    registry::Workers,
+    server::Server,
+    tasks::Depth,
+};
+use rustix::process::Signal;
+use std::{
+    cell::Cell,
+    process::{Command, Output},
+    time::Duration,
+};
+use tempfile::TempDir;
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
+
+/// Time without a verdict after which a task goes to another worker.
+pub const ACK_WAIT: Duration = Duration::from_secs(2);
+
+/// How long a worker's lease lasts; it is renewed three times as often.
+pub const LEASE: Duration = Duration::from_secs(3);
+
+/// How long sealed KV waits for its reader.
+pub const KV_LEASE: Duration = Duration::from_secs(5);
+
+/// The model that all workers serve unless told otherwise.
+pub const MODEL: &str = "demo";
+
+/// Deployments at once: each is half a dozen processes, and machines that run tests have few cores.
+static ROOM: Semaphore = Semaphore::const_new(2);
+
+/// A nats-server, and what was started on it.
+pub struct Deployment {
+    /// This test's own connection, to look behind the scenes.
+    pub streams: Streams,
+    workers: watch::Receiver<Workers>,
+    settings: Vec<(String, String)>,
+    started: Cell<u32>,
+    // In this order: the server ends before its files go.
+    _watchdog: Watchdog,
+    nats: Server,
+    folder: TempDir,
+    _room: SemaphorePermit<'static>,
+}
+
+/// A running gateway.
+pub struct Gateway {
+    /// Its process.
+    pub process: Process,
+    /// A client of it.
+    pub client: Client,
+    /// `http://host:port`.
+    pub url: String,
+}
+
+/// A running worker.
+pub struct Worker {
+    /// Its process.
+    pub process: Process,
+    /// Its name in events and in the registry.
+    pub id: WorkerId,
+}
+
+impl Deployment {
+    /// Starts a nats-server. Workers will run the built-in model.
+    pub async fn start() -> Deployment {
+        let room = ROOM.acquire().await.expect("never closed");
+        let folder = files::scratch();
+        let nats = Server::start(None, &folder.path().join("nats"), 0).expect("nats-server starts");
+        Deployment::on(nats, folder, room).await
+    }
+
+    /// The same with a monitoring endpoint, whose URL is returned.
+    pub async fn start_monitored() -> (Deployment, String) {
+        let deployment = Deployment::start().await;
+        let Deployment { mut nats, folder, _room: room, _watchdog: watchdog, .. } = deployment;
+        drop(watchdog);
+        let port = forebay_streams::server::free_port().expect("a port is free");
+        let config = folder.path().join("nats/nats.conf");
+        let text = std::fs::read_to_string(&config).expect("the server's configuration");
+        std::fs::write(&config, format!("{text}http: \"127.0.0.1:{port}\"\n")).expect("it can be written");
+        nats.restart().expect("nats-server starts again");
+        (Deployment::on(nats, folder, room).await, format!("http://127.0.0.1:{port}"))
+    }
+
+    async fn on(nats: Server, folder: TempDir, room: SemaphorePermit<'static>) -> Deployment {
+        let watchdog = Watchdog::over(nats.pid());
+        let limits = Limits { ack_wait: ACK_WAIT, lease_time: LEASE, ..Limits::default() };
+        let options = Options {
+            url: nats.url(),
+            name: "test".into(),
+            inbox_prefix: "_INBOX_fb_test".into(),
+            credentials: None,
+            limits,
+        };
+        let streams = jetstream::connect(options).await.expect("NATS answers");
+        let workers = streams.registry.workers().await.expect("the registry can be followed");
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let settings = [
+            ("FOREBAY_NATS", nats.url()),
+            ("FOREBAY_DATA", path("data")),
+            ("FOREBAY_SOCKETS", path("s")),
+            ("FOREBAY_ACK_WAIT_S", ACK_WAIT.as_secs().to_string()),
+            ("FOREBAY_LEASE_S", LEASE.as_secs().to_string()),
+            ("FOREBAY_KV_LEASE_S", KV_LEASE.as_secs().to_string()),
+            ("FOREBAY_MODEL_NAME", MODEL.to_owned()),
+            ("FOREBAY_LISTEN", "127.0.0.1:0".to_owned()),
+            // Several workers share few cores.
+            ("FOREBAY_THREADS", "1".to_owned()),
+            ("FOREBAY_SPIN", "false".to_owned()),
+            // A process whose test is gone, goes: see `end_with_parent`.
+            ("FOREBAY_PARENT", std::process::id().to_string()),
+        ];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value)).to_vec();
+        Deployment { streams, workers, settings, started: Cell::new(0), _watchdog: watchdog, nats, folder, _room: room }
+    }
+
+    /// Lets workers that are started from now on simulate, with that much time for a decode step: tokens are then
+    /// a function of prompt, seed and index, and nothing else.
+    pub fn simulate(&mut self, step: Duration) {
+        self.set("FOREBAY_ENGINE", "sim");
+        self.set("FOREBAY_SIM_STEP_US", &step.as_micros().to_string());
+    }
+
+    /// A setting of all processes that are started from now on, by its environment variable.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Where NATS is.
+    pub fn nats_url(&self) -> String {
+        self.nats.url()
+    }
+
+    /// A `forebay` command on this deployment.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = forebay(arguments);
+        command.envs(self.settings.iter().cloned());
+        command
+    }
+
+    /// Runs a `forebay` command on this deployment to its end.
+    pub async fn run(&self, arguments: &[&str]) -> Output {
+        let mut command = tokio::process::Command::from(self.command(arguments));
+        soon("the end of a command", command.kill_on_drop(true).output()).await.expect("forebay runs")
+    }
+
+    fn launch(&self, name: &str, arguments: &[&str]) -> Process {
+        self.started.set(self.started.get() + 1);
+        let log = self.folder.path().join(format!("{name}-{}.log", self.started.get()));
+        Process::start(name, &mut self.command(arguments), log)
+    }
+
+    /// Starts a gateway, with these flags besides, and waits until it is ready.
+    pub async fn gateway(&self, flags: &[&str]) -> Gateway {
+        let mut process = self.launch("gateway", &[&["gateway"], flags].concat());
+        let line = process.says("listening on http://").await;
+        let address = line.split("http://").nth(1).and_then(|rest| rest.split_whitespace().next());
+        let url = format!("http://{}", address.expect("an address follows"));
+        let client = Client::new(&url);
+        soon("the gateway is ready", client.wait_ready()).await;
+        Gateway { process, client, url }
+    }
+
+    /// Starts a worker, with these flags besides, and waits until the registry has it.
+    pub async fn worker(&self, role: Role, flags: &[&str]) -> Worker {
+        let arguments = [&["worker", "--role", role.as_str()], flags].concat();
+        let mut process = self.launch(role.as_str(), &arguments);
+        let line = process.says(" worker=").await;
+        let id = line.split(" worker=").nth(1).and_then(|rest| rest.split_whitespace().next());
+        let id: WorkerId = id.and_then(|id| id.parse().ok()).expect("an id follows");
+        let mut workers = self.workers.clone();
+        soon("the worker is registered", workers.wait_for(|all| all.contains_key(&id))).await.expect("the registry");
+        Worker { process, id }
+    }
+
+    /// Starts a decode worker.
+    pub async fn decode(&self) -> Worker {
+        self.worker(Role::Decode, &[]).await
+    }
+
+    /// Starts a prefill worker.
+    pub async fn prefill(&self) -> Worker {
+        self.worker(Role::Prefill, &[]).await
+    }
+
+    /// Waits until the registry no longer has a worker.
+    pub async fn gone(&self, worker: &WorkerId) {
+        let mut workers = self.workers.clone();
+        soon("a worker's lease is over", workers.wait_for(|all| !all.contains_key(worker))).await.expect("the registry");
+    }
+
+    /// Waits until a worker holds a request.
+    pub async fn busy(&self, worker: &WorkerId) {
+        let mut workers = self.workers.clone();
+        let busy = |all: &Workers| all.get(worker).is_some_and(|lease| lease.free_slots < lease.slots);
+        soon("a worker is busy", workers.wait_for(busy)).await.expect("the registry");
+    }
+
+    /// Invariant 5: no slot stays held after its request has ended, but for the time of a lease.
+    pub async fn all_slots_free(&self) {
+        // What a lease says is as old as its last renewal.
+        tokio::time::sleep(LEASE / 2).await;
+        let mut workers = self.workers.clone();
+        let all_free = |all: &Workers| all.values().all(|lease| lease.free_slots == lease.slots);
+        soon("all slots are free", workers.wait_for(all_free)).await.expect("the registry");
+    }
+
+    /// How much work waits in a role's queue.
+    pub async fn depth(&self, role: Role) -> Depth {
+        self.streams.tasks.depth(role, &ModelKey::of(MODEL)).await.expect("the queue's depth")
+    }
+
+    /// Waits until no task is left in a role's queue.
+    pub async fn queue_empty(&self, role: Role) {
+        let empty = async {
+            while self.depth(role).await != Depth::default() {
+                tokio::time::sleep(crate::process::POLL).await;
+            }
+        };
+        soon("the queue is empty", empty).await;
+    }
+
+    /// A request's events so far; none if it has no log.
+    pub async fn events(&self, request: RequestId) -> Vec<Recorded> {
+        match self.streams.log.find(request).await.expect("the log can be searched") {
+            Some(log) => self.streams.log.read(&log, 0).await.expect("the log can be read"),
+            None => Vec::new(),
+        }
+    }
+
+    /// Waits until a request's log has an event like this.
+    pub async fn logged(&self, request: RequestId, like: impl Fn(&Event) -> bool) {
+        let logged = async {
+            while !self.events(request).await.iter().any(|recorded| like(&recorded.event)) {
+                tokio::time::sleep(crate::process::POLL).await;
+            }
+        };
+        soon("an event is in the log", logged).await;
+    }
+
+    /// Waits for a request's end, and checks that its log keeps the invariants. Returns how it ended.
+    pub async fn check_log(&self, request: RequestId) -> Lifecycle {
+        self.logged(request, |event| event.body.is_terminal()).await;
+        let events = self.events(request).await;
+        invariants::of_log(&events).unwrap_or_else(|broken| {
+            let events: Vec<_> = events.iter().map(|Recorded { seq, event }| format!("{seq}: {event:?}")).collect();
+            panic!("{broken} in the log of {request}:\n{}", events.join("\n"))
+        })
+    }
+
+    /// [`Deployment::check_log`], and that the client has read what the log says.
+    pub async fn check(&self, answer: &Answer) -> Lifecycle {
+        let state = self.check_log(answer.request).await;
+        if let Err(broken) = invariants::of_answer(&state, answer) {
+            panic!("{broken} in the answer to {}: {answer:?}\n{state:?}", answer.request);
+        }
+        state
+    }
+}
+
+impl Worker {
+    /// Tells it to stop.
+    pub fn terminate(&self) {
+        self.process.signal(Signal::TERM);
+    }
+}
+
+/// A `forebay` command that has no settings but its arguments.
+pub fn forebay(arguments: &[&str]) -> Command {
+    let mut command = Command::new(files::forebay());
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("FOREBAY_") && text != "FOREBAY_NATS_SERVER" {
+            command.env_remove(name);
+        }
+    }
+    // Everything that a test talks to is on this machine.
+    command.env("NO_PROXY", "127.0.0.1").args(arguments);
+    command
+}

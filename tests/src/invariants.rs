@@ -1,0 +1,170 @@
+//! The promises of DESIGN.md that can be read off a log, each under its name. They are checked here from the events
+//! alone, beside the state machine that all processes share: a fault in that must not hide itself.
+
+use crate::Answer;
+use forebay_schemas::{
+    event::Body,
+    lifecycle::{Lifecycle, Phase},
+};
+use forebay_streams::log::Recorded;
+use std::fmt;
+
+/// A promise that was not kept.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Broken {
+    invariant: &'static str,
+    detail: String,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "broken: {} ({})", self.invariant, self.detail)
+    }
+}
+
+const LEGAL: &str = "a log folds through the lifecycle";
+const ONE_END: &str = "1: a request reaches exactly one terminal event";
+const ALL_TOKENS: &str = "2: no token twice, none missing";
+const SAME_TEXT: &str = "2: the client reads what the log says";
+const ONE_AUTHOR: &str = "3: after a newer claim, an older attempt appends nothing";
+
+fn broken(invariant: &'static str, detail: impl Into<String>) -> Broken {
+    Broken { invariant, detail: detail.into() }
+}
+
+/// Checks the log of a request that has ended.
+pub fn of_log(events: &[Recorded]) -> Result<Lifecycle, Broken> {
+    let state = Lifecycle::fold(events.iter().map(|recorded| &recorded.event))
+        .map_err(|illegal| broken(LEGAL, illegal.to_string()))?
+        .ok_or_else(|| broken(LEGAL, "it is empty"))?;
+    one_end(events)?;
+    all_tokens(events, &state)?;
+    one_author(events)?;
+    Ok(state)
+}
+
+/// Checks an answer against the log of its request, which has ended.
+pub fn of_answer(state: &Lifecycle, answer: &Answer) -> Result<(), Broken> {
+    let whole = answer.finish.is_some();
+    let same = if whole { state.text == answer.text } else { state.text.starts_with(&answer.text) };
+    if !same {
+        return Err(broken(SAME_TEXT, format!("read {:?}, logged {:?}", answer.text, state.text)));
+    }
+    if whole != (state.phase == Phase::Completed) || answer.finish != state.finish {
+        return Err(broken(SAME_TEXT, format!("read {:?}, logged {:?}", answer.finish, state.finish)));
+    }
+    let usage = state.usage().into();
+    match answer.usage {
+        Some(read) if read != usage => Err(broken(SAME_TEXT, format!("read {read:?}, logged {usage:?}"))),
+        _ => Ok(()),
+    }
+}
+
+fn one_end(events: &[Recorded]) -> Result<(), Broken> {
+    let ends = events.iter().filter(|recorded| recorded.event.body.is_terminal()).count();
+    let last = events.last().is_some_and(|recorded| recorded.event.body.is_terminal());
+    if ends == 1 && last { Ok(()) } else { Err(broken(ONE_END, format!("{ends} of them, last: {last}"))) }
+}
+
+fn all_tokens(events: &[Recorded], state: &Lifecycle) -> Result<(), Broken> {
+    let mut next = 0;
+    for Recorded { seq, event } in events {
+        let (first, count) = match &event.body {
+            Body::PrefillCompleted(prefill) => (prefill.first_index, 1),
+            Body::TokensGenerated(generated) => (generated.first_index, generated.tokens.len() as u32),
+            Body::RequestCompleted(completed) => {
+                let counted = completed.usage.completion_tokens;
+                if counted != next {
+                    return Err(broken(ALL_TOKENS, format!("{counted} counted, {next} logged")));
+                }
+                continue;
+            }
+            _ => continue,
+        };
+        if first != next {
+            return Err(broken(ALL_TOKENS, format!("{first} instead of {next} at {seq}")));
+        }
+        next += count;
+    }
+    let most = state.accepted.max_tokens;
+    if next > most { Err(broken(ALL_TOKENS, format!("{next} of at most {most}"))) } else { Ok(()) }
+}
+
+fn one_author(events: &[Recorded]) -> Result<(), Broken> {
+    let mut attempt = 0;
+    for Recorded { seq, event } in events {
+        attempt += u32::from(matches!(event.body, Body::Claimed(_)));
+        if event.attempt != attempt {
+            let name = event.body.name();
+            return Err(broken(ONE_AUTHOR, format!("{name} of attempt {} in {attempt}, at {seq}", event.attempt)));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forebay_schemas::{
+        event::{Claimed, Event, FinishReason, RequestAccepted, RequestCompleted, TokensGenerated, Usage},
+        ids::{RequestId, WorkerId},
+        sampling::Sampling,
+    };
+
+    fn log(bodies: impl IntoIterator<Item = (u32, Body)>) -> Vec<Recorded> {
+        let request = RequestId::new();
+        let accepted = Body::RequestAccepted(RequestAccepted {
+            model: "m".into(),
+            endpoint: "chat.completions".into(),
+            prompt: vec![1, 2],
+            sampling: Sampling::GREEDY,
+            max_tokens: 3,
+            stop: vec![],
+            ignore_eos: false,
+            timeout_ms: 1000,
+        });
+        let bodies = [(0, accepted)].into_iter().chain(bodies);
+        (1..).zip(bodies).map(|(seq, (attempt, body))| Recorded { seq, event: Event { request, attempt, time_us: seq, body } }).collect()
+    }
+
+    fn claimed() -> Body {
+        Body::Claimed(Claimed { worker: WorkerId::new("w").unwrap(), ack_subject: "a".into(), delivery: 1 })
+    }
+
+    fn tokens(first_index: u32, tokens: &[u32]) -> Body {
+        Body::TokensGenerated(TokensGenerated { first_index, tokens: tokens.into(), text: "ab".into() })
+    }
+
+    fn completed(completion_tokens: u32) -> Body {
+        let usage = Usage { prompt_tokens: 2, completion_tokens, cached_tokens: 0 };
+        Body::RequestCompleted(RequestCompleted { reason: FinishReason::Length, usage })
+    }
+
+    #[test]
+    fn a_good_log_passes_and_its_answer_must_agree() {
+        let state = of_log(&log([(1, claimed()), (1, tokens(0, &[7, 8, 9])), (1, completed(3))])).unwrap();
+        let mut answer = Answer {
+            request: state.request,
+            status: 200,
+            text: "ab".into(),
+            finish: Some(FinishReason::Length),
+            usage: Some(state.usage().into()),
+            error: None,
+        };
+        assert_eq!(of_answer(&state, &answer), Ok(()));
+        answer.text.push('b');
+        assert_eq!(of_answer(&state, &answer).unwrap_err().invariant, SAME_TEXT);
+        answer = Answer { text: "ab".into(), finish: Some(FinishReason::Stop), ..answer };
+        assert_eq!(of_answer(&state, &answer).unwrap_err().invariant, SAME_TEXT);
+    }
+
+    #[test]
+    fn each_fault_is_called_by_its_name() {
+        let fault = |bodies: Vec<(u32, Body)>| of_log(&log(bodies)).unwrap_err().invariant;
+        assert_eq!(fault(vec![(1, claimed()), (1, tokens(0, &[7]))]), ONE_END);
+        assert_eq!(fault(vec![(1, claimed()), (1, tokens(0, &[7, 8])), (1, completed(1))]), ALL_TOKENS);
+        assert_eq!(fault(vec![(1, claimed()), (1, tokens(0, &[6, 7, 8, 9])), (1, completed(4))]), ALL_TOKENS);
+        assert_eq!(fault(vec![(1, claimed()), (1, tokens(1, &[7])), (1, completed(1))]), LEGAL);
+        assert_eq!(fault(vec![(1, claimed()), (2, claimed()), (1, tokens(0, &[7])), (2, completed(1))]), LEGAL);
+    }
+}

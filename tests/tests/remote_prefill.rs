@@ -1,0 +1,117 @@
+//! Prefill on one worker, decode on another: the answer is that of a worker that does both.
+
+use forebay_schemas::{
+    event::Body,
+    lifecycle::Phase,
+    task::Role,
+};
+use forebay_streams::log::Recorded;
+use forebay_tests::{Chat, Deployment, python};
+use serde_json::Value;
+
+/// One set of questions, whoever answers them.
+const SEED: &str = "11";
+
+/// Of the short lists, in percent, that a value must be recalled from. The model is small, not the serving.
+const RIGHT_MIN: usize = 80;
+
+fn names(events: &[Recorded]) -> Vec<&'static str> {
+    events.iter().map(|recorded| recorded.event.body.name()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn remote_prefill_changes_no_token() {
+    let deployment = Deployment::start().await;
+    let (mut decode, _prefill) = tokio::join!(deployment.decode(), deployment.prefill());
+    let gateway = deployment.gateway(&[]).await;
+    let remote = python::run("recall.py", &gateway.url, &[SEED]).await;
+    deployment.all_slots_free().await;
+
+    // The same by one worker alone, although the prefill worker is still there.
+    decode.terminate();
+    assert!(decode.process.ended().await.success());
+    let _alone = deployment.worker(Role::Decode, &["--max-local-prefill-length", "100000"]).await;
+    let local = python::run("recall.py", &gateway.url, &[SEED]).await;
+
+    assert_eq!(remote.len(), local.len());
+    for (remote, local) in remote.iter().zip(&local) {
+        let (there, here) = (deployment.check(&remote.answer).await, deployment.check(&local.answer).await);
+        assert_eq!(there.accepted.prompt, here.accepted.prompt);
+        assert_eq!(there.tokens, here.tokens, "{:?} and {:?}", there.text, here.text);
+        let events = names(&deployment.events(there.request).await);
+        let pieces = events.iter().filter(|name| **name == "KvReady").count();
+        assert_eq!(pieces, there.accepted.prompt.len().div_ceil(256), "{events:?}");
+        assert!(events.contains(&"KvTransferred") && !events.contains(&"KvLost"), "{events:?}");
+        let events = names(&deployment.events(here.request).await);
+        assert!(!events.contains(&"PrefillQueued"), "{events:?}");
+    }
+    assert!(remote.iter().any(|reported| reported.answer.usage.is_some_and(|usage| usage.prompt_tokens > 512)));
+    deployment.all_slots_free().await;
+
+    // Last, so that it hides nothing of the above.
+    let judged: Vec<bool> = remote.iter().filter_map(|reported| reported.more["right"].as_bool()).collect();
+    let right = judged.iter().filter(|right| **right).count();
+    let wrong = || remote.iter().filter(|reported| reported.more["right"] == false).map(|wrong| &wrong.answer.text);
+    assert!(
+        right * 100 >= judged.len() * RIGHT_MIN,
+        "the demo model recalls {right} of {} values; wrong: {:?}",
+        judged.len(),
+        wrong().collect::<Vec<_>>()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_command_shows_every_step() {
+    let deployment = Deployment::start().await;
+    let (decode, prefill) = tokio::join!(deployment.decode(), deployment.prefill());
+    let gateway = deployment.gateway(&["--id", "gw-log"]).await;
+    let answer = gateway.client.ask(&Chat::new("What is a forebay?")).await;
+    let state = deployment.check(&answer).await;
+    assert_eq!(state.phase, Phase::Completed);
+    let events = deployment.events(answer.request).await;
+    let steps = names(&events);
+    let mut kinds = steps.clone();
+    kinds.dedup();
+    assert_eq!(
+        kinds,
+        [
+            "RequestAccepted",
+            "Claimed",
+            "PrefillQueued",
+            "PrefillClaimed",
+            "KvReady",
+            "PrefillCompleted",
+            "KvTransferred",
+            "TokensGenerated",
+            "RequestCompleted"
+        ]
+    );
+    let Body::KvTransferred(transferred) = &events[6].event.body else { panic!("{:?}", events[6]) };
+    assert_eq!(transferred.transport, "shm");
+    assert_eq!(transferred.tokens as usize, state.accepted.prompt.len());
+
+    let id = format!("chatcmpl-{}", answer.request);
+    let timeline = deployment.run(&["log", &id]).await;
+    assert!(timeline.status.success());
+    let timeline = String::from_utf8(timeline.stdout).expect("UTF-8");
+    let shown: Vec<&str> = timeline.lines().skip(1).map(|line| line.split_whitespace().nth(6).unwrap_or("")).collect();
+    assert_eq!(shown, steps, "{timeline}");
+    for part in [decode.id.as_str(), prefill.id.as_str(), "over shm in", "Stop: "] {
+        assert!(timeline.contains(part), "no {part} in:\n{timeline}");
+    }
+
+    let json = deployment.run(&["log", "--json", &answer.request.to_string()]).await;
+    assert!(json.status.success());
+    let json = String::from_utf8(json.stdout).expect("UTF-8");
+    let lines: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(lines.len(), events.len());
+    for (line, Recorded { seq, event }) in lines.iter().zip(&events) {
+        assert_eq!(line["seq"], *seq);
+        assert_eq!(line["type"], event.body.name());
+        assert_eq!(line["request"], serde_json::to_value(event.request).expect("JSON"));
+    }
+
+    let unknown = deployment.run(&["log", "chatcmpl-01997a5ce2b47d0c8e3f0f8ddc0c6a11"]).await;
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("never accepted here, or older than the log keeps"));
+}
