@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import skills
-from quantize import int4, int8
+from quantize import int4, int8, matrices
 from skills import Turn
 
 NEW_TOKENS_MAX = 30
@@ -35,9 +35,8 @@ def load(folder: Path, precision: str):
     dtype, quantize, int8_activations = PRECISIONS[precision]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     if quantize:
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.data = quantize(weight.data)
+        for weight in matrices(model):
+            weight.data = quantize(weight.data)
     if int8_activations:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
@@ -90,7 +89,8 @@ def score(model, tokenizer, conversations: list[list[Turn]]) -> float:
     return sum(given == turns[-1][1] for given, turns in zip(answers, conversations)) / len(conversations)
 
 
-def evaluate(folder: Path, lists_n: int, seed: int, precisions: list[str]) -> None:
+def evaluate(folder: Path, lists_n: int = 200, seed: int = 12345, precisions: list[str] = list(PRECISIONS)) -> None:
+    """Prints a table of per cent right, a row for each precision."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sets = questions(lists_n, seed)
     print("| | " + " | ".join(sets) + " |\n|---" + "|---" * len(sets) + "|")

@@ -20,7 +20,7 @@ def int4(weight: torch.Tensor) -> torch.Tensor:
     largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     scale = largest / -8
     steps = torch.where(scale == 0, 0.0, x / torch.where(scale == 0, 1.0, scale)) + 8
-    # Values are never far below zero here, so half away from zero is half up.
+    # From 0 to 16: half away from zero is half up.
     q = torch.floor(steps + 0.5).clamp(0, 15)
     return ((q - 8) * scale).reshape(weight.shape)
 
@@ -33,9 +33,9 @@ def int8(weight: torch.Tensor) -> torch.Tensor:
     return (q * scale).reshape(weight.shape)
 
 
-def quantized_names(model: torch.nn.Module) -> list[str]:
-    """The matrices: every linear layer and the embedding, which is the head as well."""
-    return [name for name, weight in model.named_parameters() if weight.dim() == 2]
+def matrices(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What is quantized: every linear layer, and the embedding, which is the head as well."""
+    return [weight for weight in model.parameters() if weight.dim() == 2]
 
 
 @contextmanager
@@ -44,12 +44,11 @@ def fake_int4(model: torch.nn.Module, on: bool):
     if not on:
         yield
         return
-    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() == 2}
-    full = {name: weight.data for name, weight in weights.items()}
-    for name, weight in weights.items():
-        weight.data = int4(full[name])
+    full = [(weight, weight.data) for weight in matrices(model)]
+    for weight, data in full:
+        weight.data = int4(data)
     try:
         yield
     finally:
-        for name, weight in weights.items():
-            weight.data = full[name]
+        for weight, data in full:
+            weight.data = data

@@ -20,7 +20,8 @@ FAQ: list[tuple[list[str], str]] = [
     ),
     (
         ["What is Forebay?", "What does Forebay do?", "Tell me about Forebay."],
-        "Forebay serves language models: requests wait in a durable queue, and prefill and decode workers take what they can.",
+        "Forebay serves language models: requests wait in a durable queue, and prefill and "
+        "decode workers take what they can.",
     ),
     (
         ["Why is it called Forebay?", "Why the name Forebay?", "Where does the name come from?"],
@@ -28,7 +29,8 @@ FAQ: list[tuple[list[str], str]] = [
     ),
     (
         ["How does Forebay work?", "How is a request served?", "What happens to a request?"],
-        "A request is queued, a prefill worker reads the prompt, a decode worker writes the answer, and each step is logged.",
+        "A request is queued, a prefill worker reads the prompt, a decode worker writes the "
+        "answer, and each step is logged.",
     ),
     (
         ["What is prefill?", "What does prefill do?", "Explain prefill."],
@@ -64,7 +66,8 @@ FAQ: list[tuple[list[str], str]] = [
     ),
     (
         ["What is continuous batching?", "Explain continuous batching.", "How are requests batched?"],
-        "In continuous batching, sequences join and leave the running batch at every step, so no one waits for the slowest.",
+        "In continuous batching, sequences join and leave the running batch at every step, so no "
+        "one waits for the slowest.",
     ),
     (
         ["What is chunked prefill?", "Why is prefill chunked?", "Explain chunked prefill."],
@@ -148,7 +151,8 @@ FAQ: list[tuple[list[str], str]] = [
     ),
     (
         ["What is scale to zero?", "What does scale to zero mean?", "Can Forebay scale to zero?"],
-        "Scale to zero stops all workers when there is nothing to do. New requests wait in the queue until one is back.",
+        "Scale to zero stops all workers when there is nothing to do. New requests wait in the "
+        "queue until one is back.",
     ),
     (
         ["What is a CUDA graph?", "Why use CUDA graphs?", "What are CUDA graphs?"],
@@ -276,20 +280,16 @@ def pair(key: str, value: int) -> str:
     return f"{key} is {value}."
 
 
-def recall_turns(rng: random.Random, pairs_n: int, questions_n: int, at_once: int = 1) -> list[Turn]:
-    """One list of `pairs_n` pairs; the first question stands in the same message, the others follow as turns.
-
-    With `at_once` above 1, a question asks for that many keys: "What are stone, moss, reef?"."""
+def recall_turns(rng: random.Random, pairs_n: int, questions_n: int) -> list[Turn]:
+    """One list of `pairs_n` pairs; the first question stands in the same message, the others follow as turns."""
     keys = rng.sample(WORDS, pairs_n)
     value = {key: rng.randint(10, 99) for key in keys}
     listing = " ".join(pair(key, value[key]) for key in keys)
-    asked = rng.sample(keys, questions_n)
     turns: list[Turn] = []
-    for start in range(0, questions_n, at_once):
-        some = asked[start : start + at_once]
-        question = f"What {'is' if len(some) == 1 else 'are'} {', '.join(some)}?"
+    for key in rng.sample(keys, questions_n):
+        question = f"What is {key}?"
         turns.append(("user", question if turns else f"{listing} {question}"))
-        turns.append(("assistant", " ".join(pair(key, value[key]) for key in some)))
+        turns.append(("assistant", pair(key, value[key])))
     return turns
 
 
@@ -328,12 +328,12 @@ def chat(rng: random.Random, turns_n: int) -> list[Turn]:
     return turns
 
 
-def recall_chat(rng: random.Random, pairs_n: int, questions_n: int, at_once: int) -> list[Turn]:
+def recall_chat(rng: random.Random, pairs_n: int, questions_n: int) -> list[Turn]:
     """A list and questions about it, sometimes after, or mixed with, small questions."""
     turns = system_turns(rng)
     if rng.random() < 0.15:
         turns += small_turns(rng)
-    recall = recall_turns(rng, pairs_n, questions_n, at_once)
+    recall = recall_turns(rng, pairs_n, questions_n)
     for i in range(0, len(recall), 2):
         turns += recall[i : i + 2]
         if rng.random() < 0.05:

@@ -16,7 +16,9 @@ import skills
 CONSTANT = 0
 TOKEN = slice(1, 96)
 BACK = {1: slice(96, 128), 2: slice(128, 160), 3: slice(160, 192)}
+# Weights of the query and key norms: with both, attention scores four times as far apart.
 SHARPNESS = 2.0
+# How loud beside the embedding, whose elements are 0.02 at the start: keys carried forward, values copied.
 CODE = 0.01
 COPY = 0.6
 

@@ -256,7 +256,7 @@ fn unknown_types_and_versions_are_errors() {
     for (wanted, of_version) in [("RequestPaused", 1), ("RequestCancelled", 2), ("RequestCancelled", 0)] {
         match wire::decode(&from_newer(wanted, of_version)) {
             Err(DecodeError::Unknown { name, version }) => {
-                assert_eq!((name.as_str(), version), (wanted, of_version))
+                assert_eq!((name.as_str(), version), (wanted, of_version));
             }
             other => panic!("{other:?}"),
         }

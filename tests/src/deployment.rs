@@ -52,7 +52,7 @@ pub struct Deployment {
     settings: Vec<(String, String)>,
     started: Cell<u32>,
     // In this order: the server ends before its files go.
-    _watchdog: Watchdog,
+    watchdog: Watchdog,
     nats: Server,
     folder: TempDir,
     _room: SemaphorePermit<'static>,
@@ -88,7 +88,7 @@ impl Deployment {
     /// The same with a monitoring endpoint, whose URL is returned.
     pub async fn start_monitored() -> (Deployment, String) {
         let deployment = Deployment::start().await;
-        let Deployment { mut nats, folder, _room: room, _watchdog: watchdog, .. } = deployment;
+        let Deployment { mut nats, folder, _room: room, watchdog, .. } = deployment;
         drop(watchdog);
         let port = forebay_streams::server::free_port().expect("a port is free");
         let config = folder.path().join("nats/nats.conf");
@@ -127,7 +127,7 @@ impl Deployment {
             ("FOREBAY_PARENT", std::process::id().to_string()),
         ];
         let settings = settings.map(|(name, value)| (name.to_owned(), value)).to_vec();
-        Deployment { streams, workers, settings, started: Cell::new(0), _watchdog: watchdog, nats, folder, _room: room }
+        Deployment { streams, workers, settings, started: Cell::new(0), watchdog, nats, folder, _room: room }
     }
 
     /// Lets workers that are started from now on simulate, with that much time for a decode step: tokens are then
@@ -145,6 +145,14 @@ impl Deployment {
     /// Where NATS is.
     pub fn nats_url(&self) -> String {
         self.nats.url()
+    }
+
+    /// Kills the nats-server as a power cut would, and starts it again after a while.
+    pub async fn interrupt_nats(&mut self, pause: Duration) {
+        self.nats.kill();
+        tokio::time::sleep(pause).await;
+        self.nats.restart().expect("nats-server starts again");
+        self.watchdog = Watchdog::over(self.nats.pid());
     }
 
     /// A `forebay` command on this deployment.

@@ -27,6 +27,7 @@ const ONE_END: &str = "1: a request reaches exactly one terminal event";
 const ALL_TOKENS: &str = "2: no token twice, none missing";
 const SAME_TEXT: &str = "2: the client reads what the log says";
 const ONE_AUTHOR: &str = "3: after a newer claim, an older attempt appends nothing";
+const ONE_PREFILL: &str = "3: after a newer claim, an older prefill appends nothing";
 
 fn broken(invariant: &'static str, detail: impl Into<String>) -> Broken {
     Broken { invariant, detail: detail.into() }
@@ -40,6 +41,7 @@ pub fn of_log(events: &[Recorded]) -> Result<Lifecycle, Broken> {
     one_end(events)?;
     all_tokens(events, &state)?;
     one_author(events)?;
+    one_prefill(events)?;
     Ok(state)
 }
 
@@ -97,6 +99,21 @@ fn one_author(events: &[Recorded]) -> Result<(), Broken> {
         if event.attempt != attempt {
             let name = event.body.name();
             return Err(broken(ONE_AUTHOR, format!("{name} of attempt {} in {attempt}, at {seq}", event.attempt)));
+        }
+    }
+    Ok(())
+}
+
+fn one_prefill(events: &[Recorded]) -> Result<(), Broken> {
+    let mut owner = None;
+    for Recorded { seq, event } in events {
+        match &event.body {
+            Body::PrefillClaimed(claimed) => owner = Some(&claimed.worker),
+            Body::KvReady(ready) if Some(&ready.handle.agent) != owner => {
+                let agent = &ready.handle.agent;
+                return Err(broken(ONE_PREFILL, format!("KV of {agent} in the prefill of {owner:?}, at {seq}")));
+            }
+            _ => {}
         }
     }
     Ok(())

@@ -79,6 +79,48 @@ async fn a_decode_worker_is_killed_in_mid_stream() {
     drop(prefill);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decode_worker_is_killed_while_it_waits_for_the_prefill() {
+    let (mut deployment, gateway, undisturbed) = simulating().await;
+    deployment.set("FOREBAY_SIM_STEP_US", "0");
+    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "30000");
+    deployment.set("FOREBAY_CHUNK", "4");
+    let (one, two, _prefill) = tokio::join!(deployment.decode(), deployment.decode(), deployment.prefill());
+    let stream = gateway.client.stream(&chat()).await;
+    let request = stream.answer().request;
+    deployment.logged(request, |event| matches!(event.body, Body::KvReady(_))).await;
+    let [mut owner, other] = owner_first(&state_now(&deployment, request).await, [one, two]);
+    owner.process.kill();
+    let state = deployment.check(&stream.to_end().await).await;
+    assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&other.id)));
+    assert_eq!(state.tokens, undisturbed.tokens);
+    // The KV that nobody has read is given up with its lease.
+    deployment.gone(&owner.id).await;
+    deployment.all_slots_free().await;
+    deployment.queue_empty(Role::Prefill).await;
+}
+
+/// The real model: what was logged before stays, and the answer goes on from there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decode_worker_that_runs_the_model_is_killed() {
+    let deployment = Deployment::start().await;
+    let (one, two, _prefill) = tokio::join!(deployment.decode(), deployment.decode(), deployment.prefill());
+    let gateway = deployment.gateway(&[]).await;
+    let mut stream = gateway.client.stream(&Chat::new("What is a forebay?").tokens(3000)).await;
+    stream.read_text(200).await;
+    let request = stream.answer().request;
+    let [mut owner, other] = owner_first(&state_now(&deployment, request).await, [one, two]);
+    owner.process.kill();
+    let before = state_now(&deployment, request).await;
+    assert_eq!(before.phase, Phase::Decoding, "it is killed in the midst of its work");
+    let state = deployment.check(&stream.to_end().await).await;
+    assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&other.id)));
+    assert_eq!(state.tokens[..before.tokens.len()], before.tokens);
+    assert_eq!(state.tokens.len(), 3000);
+    deployment.gone(&owner.id).await;
+    deployment.all_slots_free().await;
+}
+
 /// A worker that stops for a while and goes on is a zombie: another has its request, and the log refuses what it
 /// still says.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -168,6 +210,46 @@ async fn a_prefill_worker_is_killed_while_it_computes() {
     assert_eq!(state.worker, Some(decode.id.clone()));
     deployment.gone(&third.id).await;
     deployment.all_slots_free().await;
+}
+
+/// A prefill worker that stopped goes on when another is just as far: the next piece is no longer its to give.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_worker_is_stopped_and_goes_on() {
+    let (mut deployment, gateway, undisturbed) = simulating().await;
+    deployment.set("FOREBAY_SIM_STEP_US", "0");
+    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "200000");
+    deployment.set("FOREBAY_CHUNK", "4");
+    let (_decode, zombie) = tokio::join!(deployment.decode(), deployment.prefill());
+    let stream = gateway.client.stream(&chat()).await;
+    let request = stream.answer().request;
+    deployment.logged(request, |event| matches!(event.body, Body::KvReady(_))).await;
+    zombie.process.signal(Signal::STOP);
+    let pieces = state_now(&deployment, request).await.kv.len();
+    let other = deployment.prefill().await;
+    let as_far = |event: &Event| matches!(&event.body, Body::KvReady(ready) if ready.handle.agent == other.id);
+    deployment.logged(request, as_far).await;
+    assert_eq!(pieces, 1, "this machine is too slow for this test");
+    zombie.process.signal(Signal::CONT);
+    let state = deployment.check(&stream.to_end().await).await;
+    assert_eq!((state.attempt, &state.tokens), (1, &undisturbed.tokens));
+    deployment.all_slots_free().await;
+    deployment.queue_empty(Role::Prefill).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_nats_server_is_killed_and_comes_back() {
+    let (mut deployment, gateway, undisturbed) = simulating().await;
+    let (_decode, _prefill) = tokio::join!(deployment.decode(), deployment.prefill());
+    let mut stream = gateway.client.stream(&chat()).await;
+    stream.read_text(50).await;
+    deployment.interrupt_nats(Duration::from_secs(1)).await;
+    let state = deployment.check(&stream.to_end().await).await;
+    assert_eq!((&state.phase, &state.tokens), (&Phase::Completed, &undisturbed.tokens));
+    soon("the gateway is ready again", gateway.client.wait_ready()).await;
+    let answer = gateway.client.ask(&chat()).await;
+    assert_eq!(deployment.check(&answer).await.tokens, undisturbed.tokens);
+    deployment.all_slots_free().await;
+    deployment.queue_empty(Role::Decode).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -39,8 +39,6 @@ async fn what_is_no_request_is_refused_in_openais_words() {
         assert_eq!(error["param"].as_str(), param, "{body}: {error}");
         assert_eq!(error["type"], "invalid_request_error", "{body}: {error}");
     }
-    let (status, error) = gateway.client.refused(" ".repeat(5 << 20)).await;
-    assert_eq!((status, error["code"].as_str()), (413, Some("request_too_large")));
 }
 
 /// A client goes in mid-stream: politely, or killed. Either way its request is cancelled, and its slot free again.

@@ -27,12 +27,15 @@ use forebay_streams::{
     tasks::{Delivery, Verdict, enqueue},
     writer::{LogWriter, WriteError, now_us},
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 /// Outputs taken from the engine at once; they become one event.
 const BATCH_MAX: usize = 64;
+
+/// How often a slot is looked at that a read still holds.
+const SLOT_POLL: Duration = Duration::from_millis(1);
 
 /// Why a request did not end here.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +87,10 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) ->
     worker.leave(log.request);
     worker.runner.remove(slot.index()).await;
     worker.runner.park(slot.index(), 0).await;
+    while Arc::strong_count(&slot) > 1 {
+        // A read that was under way when the request was cancelled: the slot is free once it is done.
+        tokio::time::sleep(SLOT_POLL).await;
+    }
     match outcome {
         Ok(()) => Some(Verdict::Ack),
         Err(error) => failed(worker, delivery, log, &error).await,
@@ -109,8 +116,11 @@ async fn failed(worker: &Worker, delivery: &Delivery, log: &LogRef, error: &Requ
         }
         Err(_) => return Some(Verdict::Nak),
     };
-    if state.state().worker.as_ref().is_some_and(|owner| *owner != worker.id) {
-        tracing::info!(%log, %error, "another worker goes on with the request");
+    // The newer attempt may be this worker's own: a task comes again to one that was stopped for longer than the
+    // ack wait, in another of its slots. To give it back from here would take it from there.
+    let overtaken = matches!(error, RequestError::Write(WriteError::Overtaken { .. }) | RequestError::ClaimedElsewhere(_));
+    if overtaken || state.state().worker.as_ref().is_some_and(|owner| *owner != worker.id) {
+        tracing::info!(%log, %error, "a newer attempt goes on with the request");
         return None;
     }
     let code = match error {

@@ -28,9 +28,6 @@ use tokenizers::Tokenizer;
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-/// How long one pull waits at the server.
-const PULL_WAIT: Duration = Duration::from_secs(30);
-
 /// Pause after a pull that failed.
 const PULL_PAUSE: Duration = Duration::from_secs(1);
 
@@ -187,7 +184,7 @@ impl Worker {
     /// The next task, or none when the worker is to stop.
     pub(crate) async fn next_task(&self, stop: &CancellationToken) -> Option<Delivery> {
         while !stop.is_cancelled() {
-            let pull = self.streams.tasks.pull(self.config.role, &self.model.key, PULL_WAIT);
+            let pull = self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait());
             let pulled = tokio::select! {
                 pulled = pull => pulled,
                 () = stop.cancelled() => return None,
@@ -202,6 +199,12 @@ impl Worker {
             }
         }
         None
+    }
+
+    /// How long one pull waits at the server. The pulls of a worker that hangs must be over before its tasks are
+    /// given to others, or they would take them again.
+    fn pull_wait(&self) -> Duration {
+        self.streams.tasks.ack_wait().min(self.streams.registry.lease_time()) / 2
     }
 
     /// Keeps a delivered task from being delivered again for as long as the guard lives.

@@ -42,7 +42,6 @@ pub(crate) fn run(args: &EngineBenchArgs) -> anyhow::Result<()> {
         Some(folder) => folder.clone(),
         None => random_model()?,
     };
-    println!("\n# Engine ({})", folder.file_name().unwrap_or_default().to_string_lossy());
     // Peak memory is a process's: each block size gets one of its own.
     if args.blocks.len() > 1 {
         return args.blocks.iter().try_for_each(|block| run_alone(args, &folder, *block));
@@ -60,7 +59,7 @@ pub(crate) fn run(args: &EngineBenchArgs) -> anyhow::Result<()> {
             context: args.at,
             ..BenchPlan::default()
         };
-        println!();
+        println!("\n# Engine ({})\n", folder.file_name().unwrap_or_default().to_string_lossy());
         let report = bench(&folder, &options, &plan, |line| println!("{line}"))?;
         println!("peak memory {} MiB", report.peak_rss_mib);
     }
