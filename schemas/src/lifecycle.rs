@@ -4,7 +4,7 @@
 //! An event that does not fit is refused, in the writer before it is appended and in every reader after.
 
 use crate::{
-    event::{Body, Event, FinishReason, RequestAccepted, Usage},
+    event::{Body, Event, FinishReason, KvReady, RequestAccepted, Usage},
     ids::{RequestId, WorkerId},
     kv::KvHandle,
 };
@@ -57,6 +57,8 @@ pub struct Lifecycle {
     pub attempt: u32,
     /// The decode worker of the current attempt.
     pub worker: Option<WorkerId>,
+    /// The prefill worker of the current attempt: the one that claimed last.
+    pub prefiller: Option<WorkerId>,
     /// All tokens generated so far, over all attempts.
     pub tokens: Vec<u32>,
     /// All text released so far.
@@ -107,6 +109,14 @@ pub enum Illegal {
         /// Where the request is.
         phase: Phase,
     },
+    /// KV of a worker that does not run the prefill (any more), or of another slot than what is there.
+    #[error("KV in slot {slot} of {found} is not of the prefill that runs")]
+    OtherKv {
+        /// Whose KV.
+        found: WorkerId,
+        /// In which slot.
+        slot: u32,
+    },
     /// Tokens or KV that do not join what is there.
     #[error("{event} starts at {found}, expected {expected}")]
     Gap {
@@ -130,6 +140,7 @@ impl Lifecycle {
             phase: Phase::Queued,
             attempt: 0,
             worker: None,
+            prefiller: None,
             tokens: Vec::new(),
             text: String::new(),
             kv: Vec::new(),
@@ -145,11 +156,13 @@ impl Lifecycle {
             Body::Claimed(claimed) => {
                 self.attempt = event.attempt;
                 self.worker = Some(claimed.worker.clone());
+                self.prefiller = None;
                 self.phase = Phase::Claimed;
                 self.kv.clear();
             }
             Body::PrefillQueued(_) => self.phase = Phase::PrefillQueued,
-            Body::PrefillClaimed(_) => {
+            Body::PrefillClaimed(claimed) => {
+                self.prefiller = Some(claimed.worker.clone());
                 self.kv.clear();
                 self.phase = Phase::Prefilling;
             }
@@ -208,6 +221,11 @@ impl Lifecycle {
         if !fits {
             return Err(Illegal::Phase { event: name, phase: self.phase.clone() });
         }
+        if let Body::KvReady(KvReady { handle }) = &event.body
+            && !self.is_of_the_prefill(handle)
+        {
+            return Err(Illegal::OtherKv { found: handle.agent.clone(), slot: handle.slot });
+        }
         let joins = match &event.body {
             Body::KvReady(ready) => Some((ready.handle.tokens.start, self.kv.last().map_or(0, |kv| kv.tokens.end()))),
             Body::PrefillCompleted(prefill) => Some((prefill.first_index, self.tokens.len() as u32)),
@@ -218,6 +236,12 @@ impl Lifecycle {
             Some((found, expected)) if found != expected => Err(Illegal::Gap { event: name, found, expected }),
             _ => Ok(()),
         }
+    }
+
+    /// Prefills have no attempts of their own: an overtaken one shows in whose KV it announces.
+    fn is_of_the_prefill(&self, handle: &KvHandle) -> bool {
+        let lease = |kv: &KvHandle| (kv.incarnation, kv.slot, kv.generation);
+        self.prefiller.as_ref() == Some(&handle.agent) && self.kv.last().is_none_or(|kv| lease(kv) == lease(handle))
     }
 
     /// The state after all of the events.

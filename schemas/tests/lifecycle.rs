@@ -90,9 +90,9 @@ fn accepted() -> Event {
     event(0, Body::RequestAccepted(accepted))
 }
 
-fn handle(tokens: TokenRange) -> KvHandle {
+fn handle(agent: WorkerId, tokens: TokenRange) -> KvHandle {
     KvHandle {
-        agent: worker(0),
+        agent,
         incarnation: 1,
         layout: KvLayout {
             geometry: KvGeometry { layers: 1, kv_heads: 1, head_dim: 8, dtype: KvDtype::F32 },
@@ -136,7 +136,8 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
         Kind::KvReady => {
             let start = off(state.kv.last().map_or(0, |kv| kv.tokens.end()), details.index_off);
             let tokens = TokenRange { start, count: details.tokens.len() as u32 };
-            Body::KvReady(KvReady { handle: handle(tokens) })
+            let agent = state.prefiller.clone().unwrap_or_else(|| worker(0));
+            Body::KvReady(KvReady { handle: handle(agent, tokens) })
         }
         Kind::PrefillCompleted => Body::PrefillCompleted(PrefillCompleted {
             first_index,
@@ -320,6 +321,38 @@ fn a_new_attempt_keeps_tokens_and_forgets_kv() {
     assert_eq!((state.kv.len(), state.tokens.len(), &*state.text), (2, 1, "ab"));
     state.apply(&event_of(Kind::Claimed, &state, &details)).unwrap();
     assert_eq!((state.kv.len(), state.tokens.len(), &*state.text, state.attempt), (0, 1, "ab", 2));
+}
+
+/// A prefill worker that was stopped and overtaken wakes up: its KV must not be taken for the other's.
+#[test]
+fn an_older_prefill_announces_nothing() {
+    let mut state = Lifecycle::begin(&accepted()).unwrap();
+    let details = Details { tokens: vec![7], text: String::new(), attempt_off: 0, index_off: 0 };
+    for kind in [Kind::Claimed, Kind::PrefillQueued] {
+        state.apply(&event_of(kind, &state, &details)).unwrap();
+    }
+    let claim = |number| {
+        Body::PrefillClaimed(PrefillClaimed {
+            worker: worker(number),
+            ack_subject: "ack".into(),
+            delivery: 1,
+        })
+    };
+    let ready = |number, start, slot| {
+        let handle = KvHandle { slot, ..handle(worker(number), TokenRange { start, count: 1 }) };
+        event(1, Body::KvReady(KvReady { handle }))
+    };
+    state.apply(&event(1, claim(7))).unwrap();
+    state.apply(&ready(7, 0, 0)).unwrap();
+    state.apply(&event(1, claim(8))).unwrap();
+    let refused = |number, slot| Err(Illegal::OtherKv { found: worker(number), slot });
+    assert_eq!(state.apply(&ready(7, 0, 0)), refused(7, 0));
+    state.apply(&ready(8, 0, 0)).unwrap();
+    assert_eq!(state.apply(&ready(7, 1, 0)), refused(7, 0));
+    // The same worker again, in another of its slots.
+    assert_eq!(state.apply(&ready(8, 1, 3)), refused(8, 3));
+    state.apply(&ready(8, 1, 0)).unwrap();
+    assert_eq!(state.kv.len(), 2);
 }
 
 #[test]

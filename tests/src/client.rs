@@ -84,7 +84,8 @@ impl Client {
         let response = self.post(chat.0.to_string()).await;
         let (request, status) = (request_of(&response), response.status().as_u16());
         let body = response.text().await.expect("a body");
-        let mut answer = Answer { request, status, text: String::new(), finish: None, usage: None, error: None };
+        let mut answer =
+            Answer { request, status, text: String::new(), finish: None, usage: None, error: None };
         if status == 200 {
             let completion: ChatCompletion = serde_json::from_str(&body).expect("a completion");
             answer.text = completion.choices[0].message.content.clone().expect("a text");
@@ -98,7 +99,8 @@ impl Client {
 
     /// Asks for a stream.
     pub async fn stream(&self, chat: &Chat) -> Streaming {
-        let chat = chat.clone().with("stream", json!(true)).with("stream_options", json!({ "include_usage": true }));
+        let chat =
+            chat.clone().with("stream", json!(true)).with("stream_options", json!({ "include_usage": true }));
         let response = self.post(chat.0.to_string()).await;
         let (request, status) = (request_of(&response), response.status().as_u16());
         assert_eq!(status, 200, "{}", response.text().await.unwrap_or_default());
@@ -114,7 +116,12 @@ impl Client {
 
     async fn post(&self, body: String) -> reqwest::Response {
         let request = self.http.post(format!("{}/v1/chat/completions", self.url));
-        request.header("content-type", "application/json").body(body).send().await.expect("the gateway answers")
+        request
+            .header("content-type", "application/json")
+            .body(body)
+            .send()
+            .await
+            .expect("the gateway answers")
     }
 }
 

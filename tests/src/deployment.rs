@@ -193,7 +193,9 @@ impl Deployment {
         let id = line.split(" worker=").nth(1).and_then(|rest| rest.split_whitespace().next());
         let id: WorkerId = id.and_then(|id| id.parse().ok()).expect("an id follows");
         let mut workers = self.workers.clone();
-        soon("the worker is registered", workers.wait_for(|all| all.contains_key(&id))).await.expect("the registry");
+        soon("the worker is registered", workers.wait_for(|all| all.contains_key(&id)))
+            .await
+            .expect("the registry");
         Worker { process, id }
     }
 
@@ -210,7 +212,9 @@ impl Deployment {
     /// Waits until the registry no longer has a worker.
     pub async fn gone(&self, worker: &WorkerId) {
         let mut workers = self.workers.clone();
-        soon("a worker's lease is over", workers.wait_for(|all| !all.contains_key(worker))).await.expect("the registry");
+        soon("a worker's lease is over", workers.wait_for(|all| !all.contains_key(worker)))
+            .await
+            .expect("the registry");
     }
 
     /// Waits until a worker holds a request.
@@ -267,7 +271,10 @@ impl Deployment {
         self.logged(request, |event| event.body.is_terminal()).await;
         let events = self.events(request).await;
         invariants::of_log(&events).unwrap_or_else(|broken| {
-            let events: Vec<_> = events.iter().map(|Recorded { seq, event }| format!("{seq}: {event:?}")).collect();
+            let line = |Recorded { seq, event }: &Recorded| {
+                format!("{seq}: {}: {:.240}", event.attempt, format!("{:?}", event.body))
+            };
+            let events: Vec<_> = events.iter().map(line).collect();
             panic!("{broken} in the log of {request}:\n{}", events.join("\n"))
         })
     }

@@ -98,7 +98,10 @@ fn one_author(events: &[Recorded]) -> Result<(), Broken> {
         attempt += u32::from(matches!(event.body, Body::Claimed(_)));
         if event.attempt != attempt {
             let name = event.body.name();
-            return Err(broken(ONE_AUTHOR, format!("{name} of attempt {} in {attempt}, at {seq}", event.attempt)));
+            return Err(broken(
+                ONE_AUTHOR,
+                format!("{name} of attempt {} in {attempt}, at {seq}", event.attempt),
+            ));
         }
     }
     Ok(())
@@ -111,7 +114,10 @@ fn one_prefill(events: &[Recorded]) -> Result<(), Broken> {
             Body::PrefillClaimed(claimed) => owner = Some(&claimed.worker),
             Body::KvReady(ready) if Some(&ready.handle.agent) != owner => {
                 let agent = &ready.handle.agent;
-                return Err(broken(ONE_PREFILL, format!("KV of {agent} in the prefill of {owner:?}, at {seq}")));
+                return Err(broken(
+                    ONE_PREFILL,
+                    format!("KV of {agent} in the prefill of {owner:?}, at {seq}"),
+                ));
             }
             _ => {}
         }
@@ -141,7 +147,13 @@ mod tests {
             timeout_ms: 1000,
         });
         let bodies = [(0, accepted)].into_iter().chain(bodies);
-        (1..).zip(bodies).map(|(seq, (attempt, body))| Recorded { seq, event: Event { request, attempt, time_us: seq, body } }).collect()
+        (1..)
+            .zip(bodies)
+            .map(|(seq, (attempt, body))| Recorded {
+                seq,
+                event: Event { request, attempt, time_us: seq, body },
+            })
+            .collect()
     }
 
     fn claimed() -> Body {
@@ -182,6 +194,9 @@ mod tests {
         assert_eq!(fault(vec![(1, claimed()), (1, tokens(0, &[7, 8])), (1, completed(1))]), ALL_TOKENS);
         assert_eq!(fault(vec![(1, claimed()), (1, tokens(0, &[6, 7, 8, 9])), (1, completed(4))]), ALL_TOKENS);
         assert_eq!(fault(vec![(1, claimed()), (1, tokens(1, &[7])), (1, completed(1))]), LEGAL);
-        assert_eq!(fault(vec![(1, claimed()), (2, claimed()), (1, tokens(0, &[7])), (2, completed(1))]), LEGAL);
+        assert_eq!(
+            fault(vec![(1, claimed()), (2, claimed()), (1, tokens(0, &[7])), (2, completed(1))]),
+            LEGAL
+        );
     }
 }

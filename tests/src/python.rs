@@ -38,8 +38,12 @@ pub struct Reported {
 /// The Python that has the client.
 fn python() -> PathBuf {
     let python = files::checkout().join(".forebay/bin/python");
-    let has_client = Command::new(&python).args(["-c", "import openai"]).output().is_ok_and(|done| done.status.success());
-    assert!(has_client, "the official OpenAI client is not installed: run `make test` or `scripts/setup.sh test`");
+    let has_client =
+        Command::new(&python).args(["-c", "import openai"]).output().is_ok_and(|done| done.status.success());
+    assert!(
+        has_client,
+        "the official OpenAI client is not installed: run `make test` or `scripts/setup.sh test`"
+    );
     python
 }
 
@@ -60,7 +64,8 @@ pub fn command(script: &str, url: &str, arguments: &[&str]) -> Command {
 /// If it fails.
 pub async fn run(script: &str, url: &str, arguments: &[&str]) -> Vec<Reported> {
     let mut command = tokio::process::Command::from(command(script, url, arguments));
-    let output = crate::soon("the end of a script", command.kill_on_drop(true).output()).await.expect("Python runs");
+    let output =
+        crate::soon("the end of a script", command.kill_on_drop(true).output()).await.expect("Python runs");
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{script} {arguments:?} failed:\n{out}\n{err}");
     out.lines().map(reported).collect()

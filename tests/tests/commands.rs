@@ -79,7 +79,17 @@ fn no_model() {
     let folder = files::scratch();
     let data = folder.path().to_str().expect("UTF-8");
     let with = |model: &str| {
-        fails(&mut forebay(&["worker", "--role", "prefill", "--data", data, "--nats", &no_nats(), "--model", model]))
+        fails(&mut forebay(&[
+            "worker",
+            "--role",
+            "prefill",
+            "--data",
+            data,
+            "--nats",
+            &no_nats(),
+            "--model",
+            model,
+        ]))
     };
     says(&with("./nowhere"), &["no folder ./nowhere", "--model takes a folder or a hub id"]);
     let empty = folder.path().join("empty");
@@ -125,7 +135,8 @@ async fn up_answers_and_takes_everything_down() {
     let mut up = Process::start("up", &mut command, folder.path().join("up.log"));
     up.says("Serving on http://127.0.0.1").await;
     let log = up.log();
-    let said = log.split("> What is a forebay?").nth(1).expect("the question is shown, and the answer below it");
+    let said =
+        log.split("> What is a forebay?").nth(1).expect("the question is shown, and the answer below it");
     assert!(said.split_whitespace().count() > 5, "{log}");
     // What it says to do next, works.
     let next = said.lines().find_map(|line| line.strip_prefix("What happened to it:")).expect("a command");
@@ -133,7 +144,10 @@ async fn up_answers_and_takes_everything_down() {
     assert_eq!(words.next(), Some("log"), "{next}");
     let timeline = forebay(&["log"]).args(words).output().expect("forebay runs");
     let timeline = String::from_utf8_lossy(&timeline.stdout).into_owned();
-    assert!(timeline.contains("RequestAccepted") && timeline.contains("RequestCompleted"), "{next}: {timeline}");
+    assert!(
+        timeline.contains("RequestAccepted") && timeline.contains("RequestCompleted"),
+        "{next}: {timeline}"
+    );
 
     up.signal(Signal::TERM);
     assert!(up.ended().await.success(), "{}", up.log());
@@ -151,7 +165,9 @@ async fn up_answers_and_takes_everything_down() {
 fn left_behind(folder: &Path) -> Vec<String> {
     let folder = folder.to_str().expect("UTF-8");
     let processes = std::fs::read_dir("/proc").expect("Linux").flatten();
-    let reads = |path: std::path::PathBuf| String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned();
+    let reads = |path: std::path::PathBuf| {
+        String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned()
+    };
     let of = |entry: std::fs::DirEntry| {
         let path = entry.path();
         let command = reads(path.join("cmdline"));

@@ -31,7 +31,12 @@ async fn what_is_no_request_is_refused_in_openais_words() {
         ("[]", 400, "invalid_type", None),
         ("{\"messages\": []}", 400, "missing_required_parameter", Some("model")),
         ("{\"model\": \"demo\"}", 400, "missing_required_parameter", Some("messages")),
-        ("{\"model\": \"demo\", \"messages\": [{\"role\": \"king\"}]}", 400, "invalid_value", Some("messages[0].role")),
+        (
+            "{\"model\": \"demo\", \"messages\": [{\"role\": \"king\"}]}",
+            400,
+            "invalid_value",
+            Some("messages[0].role"),
+        ),
         ("{\"model\": \"nobody\", \"messages\": []}", 404, "model_not_found", Some("model")),
     ] {
         let (answered, error) = gateway.client.refused(body).await;
@@ -62,7 +67,9 @@ async fn a_stream_that_is_broken_off_is_cancelled() {
         assert_eq!(state.phase, Phase::Cancelled);
         assert!(state.tokens.len() < 2000, "{} tokens after the client had gone", state.tokens.len());
         let events = deployment.events(state.request).await;
-        let Body::RequestCancelled(cancelled) = &events.last().expect("events").event.body else { unreachable!() };
+        let Body::RequestCancelled(cancelled) = &events.last().expect("events").event.body else {
+            unreachable!()
+        };
         assert_eq!(cancelled.cause, "client disconnected");
     }
     deployment.all_slots_free().await;

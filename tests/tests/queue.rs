@@ -59,7 +59,9 @@ async fn a_request_that_nobody_takes_expires() {
         let state = deployment.check(answer).await;
         assert_eq!((state.phase, state.attempt), (Phase::Failed, 0));
         let events = deployment.events(answer.request).await;
-        assert!(matches!(&events[1].event.body, Body::RequestFailed(failed) if failed.message.contains("within 2 s")));
+        assert!(
+            matches!(&events[1].event.body, Body::RequestFailed(failed) if failed.message.contains("within 2 s"))
+        );
     }
     // Their tasks are void, and the next worker clears them away. What it begins, it is told to end in time.
     assert_eq!(deployment.depth(Role::Decode).await, Depth { pending: 2, ack_pending: 0 });
@@ -81,7 +83,10 @@ async fn keda_lag(monitoring: &str, stream: &str, consumer: &str) -> u64 {
     let jsz: Value = client.get(url).send().await.expect("the endpoint answers").json().await.expect("JSON");
     let named = |list: &Value, name: &str| -> Value {
         let all = list.as_array().expect("a list");
-        all.iter().find(|entry| entry["name"] == name).unwrap_or_else(|| panic!("no {name} in {list}")).clone()
+        all.iter()
+            .find(|entry| entry["name"] == name)
+            .unwrap_or_else(|| panic!("no {name} in {list}"))
+            .clone()
     };
     let account = named(&jsz["account_details"], "$G");
     let consumer = named(&named(&account["stream_detail"], stream)["consumer_detail"], consumer);

@@ -1,10 +1,6 @@
 //! Prefill on one worker, decode on another: the answer is that of a worker that does both.
 
-use forebay_schemas::{
-    event::Body,
-    lifecycle::Phase,
-    task::Role,
-};
+use forebay_schemas::{event::Body, lifecycle::Phase, task::Role};
 use forebay_streams::log::Recorded;
 use forebay_tests::{Chat, Deployment, python};
 use serde_json::Value;
@@ -45,13 +41,16 @@ async fn remote_prefill_changes_no_token() {
         let events = names(&deployment.events(here.request).await);
         assert!(!events.contains(&"PrefillQueued"), "{events:?}");
     }
-    assert!(remote.iter().any(|reported| reported.answer.usage.is_some_and(|usage| usage.prompt_tokens > 512)));
+    assert!(
+        remote.iter().any(|reported| reported.answer.usage.is_some_and(|usage| usage.prompt_tokens > 512))
+    );
     deployment.all_slots_free().await;
 
     // Last, so that it hides nothing of the above.
     let judged: Vec<bool> = remote.iter().filter_map(|reported| reported.more["right"].as_bool()).collect();
     let right = judged.iter().filter(|right| **right).count();
-    let wrong = || remote.iter().filter(|reported| reported.more["right"] == false).map(|wrong| &wrong.answer.text);
+    let wrong =
+        || remote.iter().filter(|reported| reported.more["right"] == false).map(|wrong| &wrong.answer.text);
     assert!(
         right * 100 >= judged.len() * RIGHT_MIN,
         "the demo model recalls {right} of {} values; wrong: {:?}",
@@ -94,7 +93,8 @@ async fn the_log_command_shows_every_step() {
     let timeline = deployment.run(&["log", &id]).await;
     assert!(timeline.status.success());
     let timeline = String::from_utf8(timeline.stdout).expect("UTF-8");
-    let shown: Vec<&str> = timeline.lines().skip(1).map(|line| line.split_whitespace().nth(6).unwrap_or("")).collect();
+    let shown: Vec<&str> =
+        timeline.lines().skip(1).map(|line| line.split_whitespace().nth(6).unwrap_or("")).collect();
     assert_eq!(shown, steps, "{timeline}");
     for part in [decode.id.as_str(), prefill.id.as_str(), "over shm in", "Stop: "] {
         assert!(timeline.contains(part), "no {part} in:\n{timeline}");
@@ -113,5 +113,7 @@ async fn the_log_command_shows_every_step() {
 
     let unknown = deployment.run(&["log", "chatcmpl-01997a5ce2b47d0c8e3f0f8ddc0c6a11"]).await;
     assert_eq!(unknown.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&unknown.stderr).contains("never accepted here, or older than the log keeps"));
+    assert!(
+        String::from_utf8_lossy(&unknown.stderr).contains("never accepted here, or older than the log keeps")
+    );
 }

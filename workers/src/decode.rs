@@ -116,9 +116,10 @@ async fn failed(worker: &Worker, delivery: &Delivery, log: &LogRef, error: &Requ
         }
         Err(_) => return Some(Verdict::Nak),
     };
-    // The newer attempt may be this worker's own: a task comes again to one that was stopped for longer than the
-    // ack wait, in another of its slots. To give it back from here would take it from there.
-    let overtaken = matches!(error, RequestError::Write(WriteError::Overtaken { .. }) | RequestError::ClaimedElsewhere(_));
+    // The newer attempt may be this worker's own: a task comes again to one that hung for longer than the ack
+    // wait, in another of its slots. To give it back from here would take it from there.
+    let overtaken =
+        matches!(error, RequestError::Write(WriteError::Overtaken { .. }) | RequestError::ClaimedElsewhere(_));
     if overtaken || state.state().worker.as_ref().is_some_and(|owner| *owner != worker.id) {
         tracing::info!(%log, %error, "a newer attempt goes on with the request");
         return None;
