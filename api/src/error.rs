@@ -170,7 +170,9 @@ impl From<&AppendError> for ApiError {
             AppendError::TooLarge { bytes, .. } => ApiError::of(
                 ErrorCode::RequestTooLarge,
                 "messages",
-                format!("the prompt takes {bytes} bytes in the request log, more than it holds for one request"),
+                format!(
+                    "the prompt takes {bytes} bytes in the request log, more than it holds for one request"
+                ),
             ),
             AppendError::Conflict { .. } => {
                 tracing::error!(%error, "a fresh log is not empty");

@@ -89,7 +89,9 @@ impl Running {
                     AppendError::Unavailable(_) => {
                         keeper.abandon("the gateway can't tell whether it is in the log");
                     }
-                    AppendError::Full(_) | AppendError::TooLarge { .. } | AppendError::Conflict { .. } => keeper.ended(),
+                    AppendError::Full(_) | AppendError::TooLarge { .. } | AppendError::Conflict { .. } => {
+                        keeper.ended();
+                    }
                 }
                 return Err(ApiError::from(&error));
             }

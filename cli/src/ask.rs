@@ -14,7 +14,8 @@ const DEFAULT_NATS: &str = "nats://127.0.0.1:4222";
 pub(crate) async fn wait_ready(address: SocketAddr) -> anyhow::Result<()> {
     let client = reqwest::Client::new();
     loop {
-        let answer = client.get(format!("http://{address}/ready")).timeout(Duration::from_secs(2)).send().await;
+        let answer =
+            client.get(format!("http://{address}/ready")).timeout(Duration::from_secs(2)).send().await;
         if answer.is_ok_and(|answer| answer.status().is_success()) {
             return Ok(());
         }
@@ -43,12 +44,16 @@ pub(crate) async fn ask(address: SocketAddr, nats: &str, model: &str, question: 
     while let Some(bytes) = answer.chunk().await.context("reading the answer")? {
         pending.push_str(&String::from_utf8_lossy(&bytes));
         while let Some((event, rest)) = pending.split_once("\n\n") {
-            let chunk: serde_json::Value =
-                event.strip_prefix("data: ").and_then(|data| serde_json::from_str(data).ok()).unwrap_or_default();
+            let chunk: serde_json::Value = event
+                .strip_prefix("data: ")
+                .and_then(|data| serde_json::from_str(data).ok())
+                .unwrap_or_default();
             if let Some(error) = chunk.get("error") {
                 bail!("the gateway answered with an error: {error}");
             }
-            if let Some(text) = chunk["choices"][0]["delta"]["content"].as_str().filter(|text| !text.is_empty()) {
+            if let Some(text) =
+                chunk["choices"][0]["delta"]["content"].as_str().filter(|text| !text.is_empty())
+            {
                 first.get_or_insert_with(|| begun.elapsed());
                 print!("{text}");
                 std::io::stdout().flush()?;
@@ -75,6 +80,8 @@ pub(crate) async fn ask(address: SocketAddr, nats: &str, model: &str, question: 
     println!("\nWhat happened to it:   {program} log{server} {id}");
     println!("Ask something else:\n");
     println!("curl http://{address}/v1/chat/completions -H 'Content-Type: application/json' -d '{{");
-    println!("  \"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is prefill?\"}}] }}'");
+    println!(
+        "  \"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is prefill?\"}}] }}'"
+    );
     Ok(())
 }

@@ -78,8 +78,10 @@ impl NatsArgs {
 /// Logs to standard error, at the level of `FOREBAY_LOG` (`info` unless told otherwise).
 pub(crate) fn init_logging(default: &str) {
     let filter = EnvFilter::try_from_env("FOREBAY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let plain = std::env::var_os("NO_COLOR").is_some() || !std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let format = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let plain =
+        std::env::var_os("NO_COLOR").is_some() || !std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let format =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     // Another subscriber can only be there already in a test.
     let _ = format.with_ansi(!plain).compact().try_init();
 }
@@ -124,7 +126,9 @@ pub(crate) fn apply_file(mut command: clap::Command) -> anyhow::Result<clap::Com
         }
         for name in names {
             let id = key.replace('-', "_");
-            command = command.mut_subcommand(name, |sub| sub.mut_arg(id, |arg| arg.default_value(text.clone()).required(false)));
+            command = command.mut_subcommand(name, |sub| {
+                sub.mut_arg(id, |arg| arg.default_value(text.clone()).required(false))
+            });
         }
     }
     Ok(command)

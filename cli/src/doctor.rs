@@ -71,7 +71,10 @@ fn memory() -> Finding {
     let line = info.lines().find(|line| line.starts_with("MemAvailable")).unwrap_or_default();
     let kib: u64 = line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).unwrap_or(0);
     match kib >> 20 {
-        0 => Err(format!("{} MiB available; the demo model needs about 200 MiB, others their weights", kib >> 10)),
+        0 => Err(format!(
+            "{} MiB available; the demo model needs about 200 MiB, others their weights",
+            kib >> 10
+        )),
         gib => Ok(format!("{gib} GiB available")),
     }
 }
@@ -79,7 +82,9 @@ fn memory() -> Finding {
 fn open_files() -> Finding {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     if limit < 4096 {
-        return Err(format!("at most {limit}; a busy gateway needs one for each client: raise it with `ulimit -n 65536`"));
+        return Err(format!(
+            "at most {limit}; a busy gateway needs one for each client: raise it with `ulimit -n 65536`"
+        ));
     }
     Ok(format!("at most {limit}"))
 }
@@ -108,9 +113,13 @@ fn model(args: &DoctorArgs) -> Finding {
 }
 
 fn nats_program() -> Finding {
-    let program = find_tool("FOREBAY_NATS_SERVER", "nats-server")
-        .ok_or("not found, and `forebay up` starts one unless it is given --nats: run `make setup`, or install it")?;
-    let output = Command::new(&program).arg("--version").output().map_err(|error| format!("{}: {error}", program.display()))?;
+    let program = find_tool("FOREBAY_NATS_SERVER", "nats-server").ok_or(
+        "not found, and `forebay up` starts one unless it is given --nats: run `make setup`, or install it",
+    )?;
+    let output = Command::new(&program)
+        .arg("--version")
+        .output()
+        .map_err(|error| format!("{}: {error}", program.display()))?;
     Ok(format!("{} ({})", String::from_utf8_lossy(&output.stdout).trim(), program.display()))
 }
 

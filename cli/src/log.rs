@@ -50,7 +50,12 @@ fn timeline(events: &[Recorded]) -> String {
         let at = millis(event.time_us.saturating_sub(first));
         let after = millis(event.time_us.saturating_sub(before));
         before = event.time_us;
-        text += &format!("{at:>10} {after:>10}  {seq:>6}  {:>3}  {:<16} {}\n", event.attempt, event.body.name(), summary(event));
+        text += &format!(
+            "{at:>10} {after:>10}  {seq:>6}  {:>3}  {:<16} {}\n",
+            event.attempt,
+            event.body.name(),
+            summary(event)
+        );
     }
     text
 }
@@ -76,16 +81,35 @@ fn summary(event: &Event) -> String {
         Body::KvReady(ready) => {
             let kv = &ready.handle;
             let (tokens, bytes) = (kv.tokens, size(kv.bytes() as u64));
-            format!("tokens {}..{} ({bytes}) in slot {} of {}, lease {} ms", tokens.start, tokens.end(), kv.slot, kv.agent, kv.lease_remaining_ms)
+            format!(
+                "tokens {}..{} ({bytes}) in slot {} of {}, lease {} ms",
+                tokens.start,
+                tokens.end(),
+                kv.slot,
+                kv.agent,
+                kv.lease_remaining_ms
+            )
         }
-        Body::PrefillCompleted(done) => format!("token {}: {:?}, computed in {}", done.first_index, done.text, millis(done.compute_us)),
+        Body::PrefillCompleted(done) => {
+            format!("token {}: {:?}, computed in {}", done.first_index, done.text, millis(done.compute_us))
+        }
         Body::KvTransferred(read) => {
-            format!("{} of {} tokens over {} in {}", size(read.bytes), read.tokens, read.transport, millis(read.read_us))
+            format!(
+                "{} of {} tokens over {} in {}",
+                size(read.bytes),
+                read.tokens,
+                read.transport,
+                millis(read.read_us)
+            )
         }
         Body::KvLost(lost) => lost.reason.clone(),
         Body::TokensGenerated(generated) => {
             let last = generated.first_index as usize + generated.tokens.len() - 1;
-            let range = if generated.tokens.len() == 1 { format!("{last}") } else { format!("{}..={last}", generated.first_index) };
+            let range = if generated.tokens.len() == 1 {
+                format!("{last}")
+            } else {
+                format!("{}..={last}", generated.first_index)
+            };
             format!("token {range}: {:?}", generated.text)
         }
         Body::RequestCompleted(done) => format!(

@@ -18,9 +18,11 @@ use std::process::ExitCode;
 /// happens to a request is an event in its log.
 #[derive(Parser)]
 #[command(name = "forebay", version, max_term_width = 110)]
-#[command(after_help = "Begin with `forebay up`: it starts everything on this machine, with a small built-in model.\n\
+#[command(
+    after_help = "Begin with `forebay up`: it starts everything on this machine, with a small built-in model.\n\
 Settings come from flags, then the environment, then a TOML file (--config, or FOREBAY_CONFIG) whose keys\n\
-are the long names of flags.")]
+are the long names of flags."
+)]
 struct Cli {
     /// File with settings, in TOML.
     #[arg(long, global = true, env = "FOREBAY_CONFIG", value_name = "FILE")]
@@ -63,7 +65,7 @@ fn main() -> ExitCode {
 /// `settings`: the given flags as environment variables, for processes that this one starts.
 fn run(command: Command, settings: Vec<(String, String)>) -> anyhow::Result<()> {
     match command {
-        Command::Up(args) => up::run(args, settings),
+        Command::Up(args) => up::run(&args, settings),
         Command::Gateway(args) => gateway::run(args),
         Command::Worker(args) => worker::run(args),
         Command::Log(args) => log::run(&args),

@@ -3,10 +3,10 @@
 use anyhow::{Context, bail};
 use clap::Args;
 use forebay_workers::engine::{
+    Engine,
     graph::Precision,
     onnx::{OnnxEngine, OnnxOptions},
     sim::{SimEngine, SimOptions, SimPace},
-    Engine,
 };
 use std::path::{Path, PathBuf};
 
@@ -83,10 +83,13 @@ impl ModelArgs {
             None => (crate::demo::unpack(&data.join("models"))?, "demo".to_owned()),
             Some(model) if Path::new(model).is_dir() => {
                 let folder = std::fs::canonicalize(model)?;
-                let name = folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+                let name =
+                    folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
                 (folder, name)
             }
-            Some(model) if looks_like_path(model) => bail!("no folder {model}: --model takes a folder or a hub id"),
+            Some(model) if looks_like_path(model) => {
+                bail!("no folder {model}: --model takes a folder or a hub id")
+            }
             Some(model) => (fetch(model)?, model.clone()),
         };
         Ok(FoundModel { folder, name: self.name.clone().unwrap_or(name) })
@@ -99,7 +102,11 @@ impl EngineArgs {
         let positions = self.context + 1;
         if self.engine == "sim" {
             tracing::warn!("simulated engine: tokens mean nothing");
-            let pace = SimPace { decode_us: self.sim_step_us, prefill_token_us: self.sim_prefill_token_us, ..SimPace::default() };
+            let pace = SimPace {
+                decode_us: self.sim_step_us,
+                prefill_token_us: self.sim_prefill_token_us,
+                ..SimPace::default()
+            };
             // Special tokens lie at either end of a vocabulary; what is between them has text.
             let options = SimOptions { slots, positions, vocab, drawn: vocab / 4..vocab / 2, pace };
             return Ok(Box::new(SimEngine::new(options)?));
@@ -130,7 +137,8 @@ impl EngineArgs {
 
 fn weight_bytes(folder: &Path) -> anyhow::Result<u64> {
     let files = std::fs::read_dir(folder).with_context(|| format!("model folder {}", folder.display()))?;
-    let weights = files.flatten().filter(|file| file.path().extension().is_some_and(|end| end == "safetensors"));
+    let weights =
+        files.flatten().filter(|file| file.path().extension().is_some_and(|end| end == "safetensors"));
     Ok(weights.filter_map(|file| std::fs::metadata(file.path()).ok()).map(|file| file.len()).sum())
 }
 
@@ -164,7 +172,8 @@ fn shards(folder: &Path) -> anyhow::Result<Vec<String>> {
     };
     let index: serde_json::Value = serde_json::from_slice(&index).context("model.safetensors.index.json")?;
     let map = index["weight_map"].as_object().context("model.safetensors.index.json has no weight_map")?;
-    let mut shards: Vec<String> = map.values().filter_map(|shard| shard.as_str().map(str::to_owned)).collect();
+    let mut shards: Vec<String> =
+        map.values().filter_map(|shard| shard.as_str().map(str::to_owned)).collect();
     shards.sort();
     shards.dedup();
     Ok(shards)

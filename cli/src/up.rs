@@ -73,13 +73,17 @@ pub(crate) struct UpArgs {
 
 /// The folder for what outlives a process.
 pub(crate) fn data_folder(given: Option<PathBuf>) -> PathBuf {
-    let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/tmp".into())).join(".local/share");
-    given.unwrap_or_else(|| std::env::var_os("XDG_DATA_HOME").map_or_else(home, PathBuf::from).join("forebay"))
+    let home =
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/tmp".into())).join(".local/share");
+    given
+        .unwrap_or_else(|| std::env::var_os("XDG_DATA_HOME").map_or_else(home, PathBuf::from).join("forebay"))
 }
 
 /// A child of `forebay up` must not outlive it, however it ends.
 pub(crate) fn end_with_parent() {
-    let Some(parent) = std::env::var("FOREBAY_PARENT").ok().and_then(|pid| pid.parse::<i32>().ok()) else { return };
+    let Some(parent) = std::env::var("FOREBAY_PARENT").ok().and_then(|pid| pid.parse::<i32>().ok()) else {
+        return;
+    };
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
     if rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get()) != Some(parent) {
         std::process::exit(0);
@@ -87,7 +91,7 @@ pub(crate) fn end_with_parent() {
 }
 
 /// `settings` are the flags of this command as environment variables: how children get them.
-pub(crate) fn run(args: UpArgs, settings: Vec<(String, String)>) -> anyhow::Result<()> {
+pub(crate) fn run(args: &UpArgs, settings: Vec<(String, String)>) -> anyhow::Result<()> {
     init_logging("warn");
     drop(listen(args.http.listen)?);
     let data = data_folder(args.data.clone());
@@ -97,11 +101,11 @@ pub(crate) fn run(args: UpArgs, settings: Vec<(String, String)>) -> anyhow::Resu
     say("model", &format!("{} ({})", model.name, model.folder.display()));
     let mut server = match &args.nats {
         Some(_) => None,
-        None => Some(start_nats(&args, &data)?),
+        None => Some(start_nats(args, &data)?),
     };
     let url = args.nats.clone().or_else(|| server.as_ref().map(Server::url)).expect("one of them");
     say("nats", &format!("{url}{}", if server.is_some() { " (started here)" } else { "" }));
-    let outcome = runtime(2)?.block_on(serve(&args, settings, &data, &url, &model.name));
+    let outcome = runtime(2)?.block_on(serve(args, settings, &data, &url, &model.name));
     if let Some(server) = &mut server {
         server.stop();
     }
@@ -127,7 +131,10 @@ fn lock(data: &Path) -> anyhow::Result<File> {
     let path = data.join("lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path)?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).with_context(|| {
-        format!("another `forebay up` uses {}; stop it, or give this one its own folder with --data", data.display())
+        format!(
+            "another `forebay up` uses {}; stop it, or give this one its own folder with --data",
+            data.display()
+        )
     })?;
     Ok(file)
 }
@@ -145,11 +152,21 @@ async fn serve(
     settings.extend(compute_share(args));
     let mut processes = Vec::new();
     for number in 0..args.decode {
-        processes.push(Process::new(format!("decode-{number}"), &["worker", "--role", "decode"], &settings, data));
+        processes.push(Process::new(
+            format!("decode-{number}"),
+            &["worker", "--role", "decode"],
+            &settings,
+            data,
+        ));
     }
     let prefill: Vec<_> = settings.iter().filter(|(name, _)| name != "FOREBAY_SLOTS").cloned().collect();
     for number in 0..args.prefill {
-        processes.push(Process::new(format!("prefill-{number}"), &["worker", "--role", "prefill"], &prefill, data));
+        processes.push(Process::new(
+            format!("prefill-{number}"),
+            &["worker", "--role", "prefill"],
+            &prefill,
+            data,
+        ));
     }
     processes.push(Process::new("gateway".into(), &["gateway"], &settings, data));
     let stop = told_to_stop();
@@ -200,7 +217,14 @@ async fn greet(args: &UpArgs, url: &str, model: &str, data: &Path) -> anyhow::Re
     })
     .await
     .with_context(|| format!("not ready after {READY_TIMEOUT:?}; see {}", data.join("logs").display()))??;
-    say("ready", &format!("http://{address}/v1 after {:.1} s; logs in {}", begun.elapsed().as_secs_f32(), data.join("logs").display()));
+    say(
+        "ready",
+        &format!(
+            "http://{address}/v1 after {:.1} s; logs in {}",
+            begun.elapsed().as_secs_f32(),
+            data.join("logs").display()
+        ),
+    );
     if let Some(question) = &args.ask {
         ask::ask(address, url, model, question).await?;
     }
@@ -306,6 +330,8 @@ async fn end(processes: &mut [Process], grace: Duration) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
     }
-    let all = futures::future::join_all(processes.iter_mut().filter_map(|process| process.child.as_mut()).map(|(child, _)| child.wait()));
+    let all = futures::future::join_all(
+        processes.iter_mut().filter_map(|process| process.child.as_mut()).map(|(child, _)| child.wait()),
+    );
     let _ = tokio::time::timeout(grace + Duration::from_secs(5), all).await;
 }

@@ -66,7 +66,12 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let slots = args.slots.unwrap_or(if role == Role::Decode { 8 } else { 4 }).max(1);
     let begun = std::time::Instant::now();
     let engine = args.model.engine.open(&model, text.tokenizer.get_vocab_size(true) as u32, slots)?;
-    tracing::info!(model = model.name, weights = engine.card().weights, "model loaded in {:.1?}", begun.elapsed());
+    tracing::info!(
+        model = model.name,
+        weights = engine.card().weights,
+        "model loaded in {:.1?}",
+        begun.elapsed()
+    );
     let config = WorkerConfig {
         role,
         max_local_prefill_length: args.work.max_local_prefill_length,
@@ -93,6 +98,8 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
 /// A folder for this user's sockets: short, since the path of a socket may have at most 107 bytes.
 fn socket_folder() -> PathBuf {
     let uid = rustix::process::getuid().as_raw();
-    std::env::var_os("XDG_RUNTIME_DIR")
-        .map_or_else(|| PathBuf::from(format!("/tmp/forebay-{uid}")), |folder| PathBuf::from(folder).join("forebay"))
+    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(
+        || PathBuf::from(format!("/tmp/forebay-{uid}")),
+        |folder| PathBuf::from(folder).join("forebay"),
+    )
 }

@@ -89,7 +89,14 @@ impl Region {
         // SAFETY: a fresh mapping at an address of the kernel's choice disturbs nothing; the descriptor is
         // open and holds `bytes` bytes.
         let base = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), bytes.max(1), access, MapFlags::SHARED | MapFlags::NORESERVE, &fd, 0)
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes.max(1),
+                access,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                &fd,
+                0,
+            )
         }
         .map_err(|source| RegionError::System { call: "mmap", bytes, source })?;
         let base = NonNull::new(base.cast()).expect("mmap without MAP_FIXED never returns null");
@@ -122,7 +129,11 @@ impl Region {
     /// If they do not lie within the region, or `write` is asked of a read-only mapping: only a bug can.
     pub fn at(&self, offset: usize, bytes: usize, write: bool) -> *mut u8 {
         let end = offset.checked_add(bytes);
-        assert!(end.is_some_and(|end| end <= self.bytes), "{offset}+{bytes} is outside a region of {}", self.bytes);
+        assert!(
+            end.is_some_and(|end| end <= self.bytes),
+            "{offset}+{bytes} is outside a region of {}",
+            self.bytes
+        );
         assert!(self.writable || !write, "write to a region mapped read-only");
         // SAFETY: the offset was just checked to lie within the mapping.
         unsafe { self.base.as_ptr().add(offset) }
@@ -185,7 +196,10 @@ mod tests {
     fn a_descriptor_of_another_size_is_refused() {
         let owner = Region::create("test", 4096).unwrap();
         let fd = owner.fd().try_clone_to_owned().unwrap();
-        assert!(matches!(Region::open(fd, 8192, false), Err(RegionError::Size { found: 4096, announced: 8192 })));
+        assert!(matches!(
+            Region::open(fd, 8192, false),
+            Err(RegionError::Size { found: 4096, announced: 8192 })
+        ));
     }
 
     #[test]

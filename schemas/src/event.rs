@@ -118,6 +118,8 @@ pub struct KvReady {
 /// The end of a remote prefill.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PrefillCompleted {
+    /// Who did it.
+    pub worker: WorkerId,
     /// Index of the token within the output: 0 unless an earlier attempt generated some.
     pub first_index: u32,
     /// The token drawn from the last position.

@@ -146,8 +146,11 @@ impl ModelKey {
         if let Ok(key) = ModelKey::new(model) {
             return key;
         }
-        let mut text: String =
-            model.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' }).take(48).collect();
+        let mut text: String = model
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' })
+            .take(48)
+            .collect();
         text.push_str(&format!("-{:08x}", fnv1a(model.as_bytes()) as u32));
         ModelKey::new(text).expect("characters were replaced and the length was cut")
     }
@@ -156,7 +159,9 @@ impl ModelKey {
 /// FNV-1a, 64 bits (<http://www.isthe.com/chongo/tech/comp/fnv/>): stable across builds and platforms, for
 /// hashes that are stored or sent.
 pub fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]

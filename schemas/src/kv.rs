@@ -97,13 +97,19 @@ impl KvLayout {
 
     /// The contiguous runs of bytes that hold `tokens` of `slot`, one for each head of each plane in order:
     /// `(offset in the region, bytes)`. Two regions of one geometry give runs of the same lengths.
-    pub fn pieces(&self, slot: u32, tokens: TokenRange, planes: std::ops::Range<u32>) -> impl Iterator<Item = (usize, usize)> + use<> {
+    pub fn pieces(
+        &self,
+        slot: u32,
+        tokens: TokenRange,
+        planes: std::ops::Range<u32>,
+    ) -> impl Iterator<Item = (usize, usize)> + use<> {
         let layout = *self;
         let head_bytes = layout.geometry.head_bytes();
         let (start, bytes) = (tokens.start as usize * head_bytes, tokens.count as usize * head_bytes);
         planes.flat_map(move |plane| {
             let base = layout.slot_offset(plane as usize, slot as usize) + start;
-            (0..layout.geometry.kv_heads as usize).map(move |head| (base + head * layout.head_stride(), bytes))
+            (0..layout.geometry.kv_heads as usize)
+                .map(move |head| (base + head * layout.head_stride(), bytes))
         })
     }
 }
@@ -120,7 +126,7 @@ pub struct TokenRange {
 impl TokenRange {
     /// The position after the last.
     pub fn end(&self) -> u32 {
-        self.start + self.count
+        self.start.saturating_add(self.count)
     }
 }
 

@@ -109,13 +109,13 @@ pub enum Illegal {
         /// Where the request is.
         phase: Phase,
     },
-    /// KV of a worker that does not run the prefill (any more), or of another slot than what is there.
-    #[error("KV in slot {slot} of {found} is not of the prefill that runs")]
-    OtherKv {
-        /// Whose KV.
-        found: WorkerId,
-        /// In which slot.
-        slot: u32,
+    /// From a worker that does not run the prefill (any more), or of KV in another slot than what is there.
+    #[error("{event} of {worker} is not of the prefill that runs")]
+    OtherPrefill {
+        /// The event.
+        event: &'static str,
+        /// Whose prefill it is of.
+        worker: WorkerId,
     },
     /// Tokens or KV that do not join what is there.
     #[error("{event} starts at {found}, expected {expected}")]
@@ -132,7 +132,9 @@ pub enum Illegal {
 impl Lifecycle {
     /// The state after the first event.
     pub fn begin(event: &Event) -> Result<Lifecycle, Illegal> {
-        let Body::RequestAccepted(accepted) = &event.body else { return Err(Illegal::First(event.body.name())) };
+        let Body::RequestAccepted(accepted) = &event.body else {
+            return Err(Illegal::First(event.body.name()));
+        };
         Ok(Lifecycle {
             request: event.request,
             accepted: Arc::new(accepted.clone()),
@@ -221,27 +223,39 @@ impl Lifecycle {
         if !fits {
             return Err(Illegal::Phase { event: name, phase: self.phase.clone() });
         }
-        if let Body::KvReady(KvReady { handle }) = &event.body
-            && !self.is_of_the_prefill(handle)
-        {
-            return Err(Illegal::OtherKv { found: handle.agent.clone(), slot: handle.slot });
+        // Prefills have no attempts of their own: an overtaken one shows in who reports it.
+        let other_prefill = match &event.body {
+            Body::KvReady(KvReady { handle }) => {
+                Some(&handle.agent).filter(|_| !self.joins_the_prefill(handle))
+            }
+            Body::PrefillCompleted(done) => {
+                Some(&done.worker).filter(|worker| self.prefiller.as_ref() != Some(worker))
+            }
+            _ => None,
+        };
+        if let Some(worker) = other_prefill {
+            return Err(Illegal::OtherPrefill { event: name, worker: worker.clone() });
         }
         let joins = match &event.body {
-            Body::KvReady(ready) => Some((ready.handle.tokens.start, self.kv.last().map_or(0, |kv| kv.tokens.end()))),
+            Body::KvReady(ready) => {
+                Some((ready.handle.tokens.start, self.kv.last().map_or(0, |kv| kv.tokens.end())))
+            }
             Body::PrefillCompleted(prefill) => Some((prefill.first_index, self.tokens.len() as u32)),
             Body::TokensGenerated(generated) => Some((generated.first_index, self.tokens.len() as u32)),
             _ => None,
         };
         match joins {
-            Some((found, expected)) if found != expected => Err(Illegal::Gap { event: name, found, expected }),
+            Some((found, expected)) if found != expected => {
+                Err(Illegal::Gap { event: name, found, expected })
+            }
             _ => Ok(()),
         }
     }
 
-    /// Prefills have no attempts of their own: an overtaken one shows in whose KV it announces.
-    fn is_of_the_prefill(&self, handle: &KvHandle) -> bool {
+    fn joins_the_prefill(&self, handle: &KvHandle) -> bool {
         let lease = |kv: &KvHandle| (kv.incarnation, kv.slot, kv.generation);
-        self.prefiller.as_ref() == Some(&handle.agent) && self.kv.last().is_none_or(|kv| lease(kv) == lease(handle))
+        self.prefiller.as_ref() == Some(&handle.agent)
+            && self.kv.last().is_none_or(|kv| lease(kv) == lease(handle))
     }
 
     /// The state after all of the events.

@@ -57,7 +57,7 @@ every_body! {
         delivery: 2,
     },
     KvReady { handle: handle() },
-    PrefillCompleted { first_index: 0, token: 9707, text: "Hello".into(), compute_us: 20_512 },
+    PrefillCompleted { worker: worker("prefill-1"), first_index: 0, token: 9707, text: "Hello".into(), compute_us: 20_512 },
     KvTransferred { bytes: 117_440_512, tokens: 512, read_us: 12_800, transport: "shm".into() },
     KvLost { reason: "the lease is over".into() },
     TokensGenerated { first_index: 1, tokens: vec![11, 1879, 0], text: ", world!".into() },

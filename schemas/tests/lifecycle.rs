@@ -140,6 +140,7 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             Body::KvReady(KvReady { handle: handle(agent, tokens) })
         }
         Kind::PrefillCompleted => Body::PrefillCompleted(PrefillCompleted {
+            worker: state.prefiller.clone().unwrap_or_else(|| worker(0)),
             first_index,
             token: details.tokens.len() as u32,
             text: details.text.clone(),
@@ -345,14 +346,24 @@ fn an_older_prefill_announces_nothing() {
     state.apply(&event(1, claim(7))).unwrap();
     state.apply(&ready(7, 0, 0)).unwrap();
     state.apply(&event(1, claim(8))).unwrap();
-    let refused = |number, slot| Err(Illegal::OtherKv { found: worker(number), slot });
-    assert_eq!(state.apply(&ready(7, 0, 0)), refused(7, 0));
+    let refused = |number| Err(Illegal::OtherPrefill { event: "KvReady", worker: worker(number) });
+    assert_eq!(state.apply(&ready(7, 0, 0)), refused(7));
     state.apply(&ready(8, 0, 0)).unwrap();
-    assert_eq!(state.apply(&ready(7, 1, 0)), refused(7, 0));
+    assert_eq!(state.apply(&ready(7, 1, 0)), refused(7));
+    let done = |number| PrefillCompleted {
+        worker: worker(number),
+        first_index: 0,
+        token: 1,
+        text: String::new(),
+        compute_us: 1,
+    };
+    let late = Illegal::OtherPrefill { event: "PrefillCompleted", worker: worker(7) };
+    assert_eq!(state.apply(&event(1, Body::PrefillCompleted(done(7)))), Err(late));
     // The same worker again, in another of its slots.
-    assert_eq!(state.apply(&ready(8, 1, 3)), refused(8, 3));
+    assert_eq!(state.apply(&ready(8, 1, 3)), refused(8));
     state.apply(&ready(8, 1, 0)).unwrap();
     assert_eq!(state.kv.len(), 2);
+    state.apply(&event(1, Body::PrefillCompleted(done(8)))).unwrap();
 }
 
 #[test]

@@ -44,8 +44,21 @@ pub struct Follow {
 
 impl Follow {
     /// Follows a log through a stream of live events that may be incomplete, from after a sequence.
-    pub fn new(backend: Arc<dyn EventLog>, log: LogRef, after: u64, live: BoxStream<'static, Live>) -> Follow {
-        Follow { backend, log, seen: after, repaired: VecDeque::new(), live, hole: false, silence: PROBE_FIRST }
+    pub fn new(
+        backend: Arc<dyn EventLog>,
+        log: LogRef,
+        after: u64,
+        live: BoxStream<'static, Live>,
+    ) -> Follow {
+        Follow {
+            backend,
+            log,
+            seen: after,
+            repaired: VecDeque::new(),
+            live,
+            hole: false,
+            silence: PROBE_FIRST,
+        }
     }
 
     /// Watches one log on its own subscription.
@@ -138,7 +151,10 @@ impl Drop for Hub {
     }
 }
 
-async fn pump(mut live: BoxStream<'static, Live>, followers: Weak<Mutex<HashMap<RequestId, mpsc::Sender<Live>>>>) {
+async fn pump(
+    mut live: BoxStream<'static, Live>,
+    followers: Weak<Mutex<HashMap<RequestId, mpsc::Sender<Live>>>>,
+) {
     while let Some(event) = live.next().await {
         let Some(followers) = followers.upgrade() else { return };
         let followers = followers.lock().expect("no panics while held");

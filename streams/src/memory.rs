@@ -85,7 +85,8 @@ impl Leases {
         change(&mut leases);
         let now = Instant::now();
         leases.retain(|_, (_, until)| *until > now);
-        let living = leases.iter().map(|(worker, (lease, _))| (worker.clone(), Arc::new(lease.clone()))).collect();
+        let living =
+            leases.iter().map(|(worker, (lease, _))| (worker.clone(), Arc::new(lease.clone()))).collect();
         self.living.send_replace(Arc::new(living));
     }
 }
@@ -121,7 +122,10 @@ impl Memory {
             signals: broadcast::channel(LIVE_MAX).0,
             work: Notify::new(),
             models: watch::channel(Models::default()).0,
-            leases: Arc::new(Leases { until: Mutex::default(), living: watch::channel(Workers::default()).0 }),
+            leases: Arc::new(Leases {
+                until: Mutex::default(),
+                living: watch::channel(Workers::default()).0,
+            }),
         }
     }
 
@@ -140,8 +144,12 @@ impl Memory {
         let ack_subject = format!("memory.ack.{}", state.deliveries);
         let queue = state.queues.entry((role, model.clone())).or_default();
         let now = Instant::now();
-        let due: Vec<String> =
-            queue.delivered.iter().filter(|(_, (_, until))| *until <= now).map(|(key, _)| key.clone()).collect();
+        let due: Vec<String> = queue
+            .delivered
+            .iter()
+            .filter(|(_, (_, until))| *until <= now)
+            .map(|(key, _)| key.clone())
+            .collect();
         for key in due {
             let (task, _) = queue.delivered.remove(&key).expect("just listed");
             queue.pending.push_front(task);
@@ -151,8 +159,11 @@ impl Memory {
                 continue;
             }
             task.deliveries += 1;
-            let delivery =
-                Delivery { payload: task.payload.clone(), ack_subject: ack_subject.clone(), delivery: task.deliveries };
+            let delivery = Delivery {
+                payload: task.payload.clone(),
+                ack_subject: ack_subject.clone(),
+                delivery: task.deliveries,
+            };
             queue.delivered.insert(ack_subject, (task, now + self.limits.ack_wait));
             return Ok(delivery);
         }
@@ -244,7 +255,12 @@ impl Tasks for Memory {
         Ok(())
     }
 
-    async fn pull(&self, role: Role, model: &ModelKey, wait: Duration) -> Result<Option<Delivery>, StreamError> {
+    async fn pull(
+        &self,
+        role: Role,
+        model: &ModelKey,
+        wait: Duration,
+    ) -> Result<Option<Delivery>, StreamError> {
         let deadline = Instant::now() + wait;
         loop {
             let queued = self.work.notified();
@@ -303,9 +319,14 @@ impl Tasks for Memory {
         Ok(())
     }
 
-    async fn cancel_signals(&self, worker: &WorkerId) -> Result<BoxStream<'static, CancelSignal>, StreamError> {
+    async fn cancel_signals(
+        &self,
+        worker: &WorkerId,
+    ) -> Result<BoxStream<'static, CancelSignal>, StreamError> {
         let worker = worker.clone();
-        let mine = move |(to, signal): (WorkerId, CancelSignal)| futures::future::ready((to == worker).then_some(signal));
+        let mine = move |(to, signal): (WorkerId, CancelSignal)| {
+            futures::future::ready((to == worker).then_some(signal))
+        };
         Ok(received(self.signals.subscribe()).filter_map(mine).boxed())
     }
 }

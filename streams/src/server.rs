@@ -59,7 +59,8 @@ pub fn find_tool(variable: &str, name: &str) -> Option<PathBuf> {
     }
     let here = std::env::current_dir().unwrap_or_default();
     let program = std::env::current_exe().unwrap_or_default();
-    let installed = here.ancestors().chain(program.ancestors()).map(|folder| folder.join(".forebay/bin").join(name));
+    let installed =
+        here.ancestors().chain(program.ancestors()).map(|folder| folder.join(".forebay/bin").join(name));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&path).map(|folder| folder.join(name)).collect::<Vec<_>>();
     installed.chain(on_path).find(|candidate| candidate.is_file())
@@ -74,7 +75,9 @@ impl Server {
     /// Starts a server that keeps its streams in `folder`, on a port (0: any free one) of the loopback interface,
     /// and waits until it serves JetStream.
     pub fn start(program: Option<PathBuf>, folder: &Path, port: u16) -> Result<Server, ServerError> {
-        let program = program.or_else(|| find_tool("FOREBAY_NATS_SERVER", "nats-server")).ok_or(ServerError::Missing)?;
+        let program = program
+            .or_else(|| find_tool("FOREBAY_NATS_SERVER", "nats-server"))
+            .ok_or(ServerError::Missing)?;
         let io = |path: &Path| {
             let path = path.to_owned();
             move |source| ServerError::Io { path, source }
@@ -94,7 +97,8 @@ impl Server {
             store = folder,
         );
         std::fs::write(&config, text).map_err(io(&config))?;
-        let mut server = Server { process: spawn(&program, folder)?, program, folder: folder.to_owned(), port };
+        let mut server =
+            Server { process: spawn(&program, folder)?, program, folder: folder.to_owned(), port };
         server.wait()?;
         Ok(server)
     }
@@ -134,7 +138,9 @@ impl Server {
 
     /// Stops the server that an earlier process left running on a folder. Returns whether there was one.
     pub fn stop_leftover(folder: &Path) -> bool {
-        let pid = std::fs::read_to_string(folder.join("nats.pid")).ok().and_then(|pid| pid.trim().parse::<i32>().ok());
+        let pid = std::fs::read_to_string(folder.join("nats.pid"))
+            .ok()
+            .and_then(|pid| pid.trim().parse::<i32>().ok());
         let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else { return false };
         let process = PathBuf::from(format!("/proc/{}/cmdline", pid.as_raw_nonzero()));
         let is_it = || {

@@ -91,7 +91,12 @@ pub trait Tasks: Send + Sync + 'static {
     ) -> Result<(), EnqueueError>;
 
     /// Waits up to `wait` for a task.
-    async fn pull(&self, role: Role, model: &ModelKey, wait: Duration) -> Result<Option<Delivery>, StreamError>;
+    async fn pull(
+        &self,
+        role: Role,
+        model: &ModelKey,
+        wait: Duration,
+    ) -> Result<Option<Delivery>, StreamError>;
 
     /// Says something of a delivered task.
     async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError>;
@@ -109,7 +114,10 @@ pub trait Tasks: Send + Sync + 'static {
     async fn signal_cancel(&self, worker: &WorkerId, signal: &CancelSignal) -> Result<(), StreamError>;
 
     /// Signals for a worker, from now on.
-    async fn cancel_signals(&self, worker: &WorkerId) -> Result<BoxStream<'static, CancelSignal>, StreamError>;
+    async fn cancel_signals(
+        &self,
+        worker: &WorkerId,
+    ) -> Result<BoxStream<'static, CancelSignal>, StreamError>;
 }
 
 /// Queues a task.

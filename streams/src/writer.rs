@@ -67,11 +67,17 @@ impl LogWriter {
         log: LogRef,
         accepted: RequestAccepted,
     ) -> Result<LogWriter, AppendError> {
-        let event =
-            Event { request: log.request, attempt: 0, time_us: now_us(), body: Body::RequestAccepted(accepted) };
+        let event = Event {
+            request: log.request,
+            attempt: 0,
+            time_us: now_us(),
+            body: Body::RequestAccepted(accepted),
+        };
         let seq = match backend.append(&log, 0, &event).await {
             // The only author of a new log can only conflict with its own append, whose answer was lost.
-            Err(AppendError::Conflict { .. }) => backend.read(&log, 0).await?.first().map_or(0, |first| first.seq),
+            Err(AppendError::Conflict { .. }) => {
+                backend.read(&log, 0).await?.first().map_or(0, |first| first.seq)
+            }
             other => other?,
         };
         let state = Lifecycle::begin(&event).expect("the event is RequestAccepted");
@@ -107,7 +113,7 @@ impl LogWriter {
     /// Takes note of an event that somebody else appended and this author followed.
     pub fn observe(&mut self, seq: u64, event: &Event) -> Result<(), WriteError> {
         if seq > self.seq {
-            self.state.apply(event).map_err(|illegal| self.corrupt(illegal))?;
+            self.state.apply(event).map_err(|illegal| self.corrupt(&illegal))?;
             self.seq = seq;
         }
         Ok(())
@@ -153,7 +159,7 @@ impl LogWriter {
         Ok(news)
     }
 
-    fn corrupt(&self, illegal: Illegal) -> WriteError {
+    fn corrupt(&self, illegal: &Illegal) -> WriteError {
         WriteError::Corrupt { log: self.log.clone(), problem: illegal.to_string() }
     }
 }

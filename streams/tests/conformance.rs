@@ -118,7 +118,11 @@ fn claim(name: &str) -> Body {
 }
 
 fn token(index: u32) -> Body {
-    Body::TokensGenerated(TokensGenerated { first_index: index, tokens: vec![index], text: format!("{index} ") })
+    Body::TokensGenerated(TokensGenerated {
+        first_index: index,
+        tokens: vec![index],
+        text: format!("{index} "),
+    })
 }
 
 async fn create(streams: &Streams, log: &LogRef) -> LogWriter {
@@ -155,10 +159,8 @@ async fn the_fence_lets_one_author_through(streams: Streams) {
     let writer = create(&streams, &log).await;
     let event = |name: &str| Event { request: log.request, attempt: 1, time_us: 1, body: claim(name) };
     let (a, b) = (event("w-a"), event("w-b"));
-    let (a, b) = tokio::join!(
-        streams.log.append(&log, writer.seq(), &a),
-        streams.log.append(&log, writer.seq(), &b)
-    );
+    let (a, b) =
+        tokio::join!(streams.log.append(&log, writer.seq(), &a), streams.log.append(&log, writer.seq(), &b));
     let refused = match (a, b) {
         (Ok(_), Err(error)) | (Err(error), Ok(_)) => error,
         other => panic!("exactly one append must succeed: {other:?}"),
@@ -217,11 +219,13 @@ async fn write_a_life(streams: &Streams, log: &LogRef, tokens: u32) {
 async fn a_follower_misses_nothing(streams: Streams) {
     let hub = Hub::start(streams.log.clone(), gateway()).await.unwrap();
     let logs: Vec<LogRef> = (0..8).map(|_| log()).collect();
-    let followers: Vec<_> = logs.iter().map(|log| tokio::spawn(follow_to_end(hub.follow(log.request, 0)))).collect();
+    let followers: Vec<_> =
+        logs.iter().map(|log| tokio::spawn(follow_to_end(hub.follow(log.request, 0)))).collect();
     futures::future::join_all(logs.iter().map(|log| write_a_life(&streams, log, 100))).await;
     for (log, follower) in logs.iter().zip(followers) {
         let followed = follower.await.unwrap();
-        let stored: Vec<Event> = streams.log.read(log, 0).await.unwrap().into_iter().map(|r| r.event).collect();
+        let stored: Vec<Event> =
+            streams.log.read(log, 0).await.unwrap().into_iter().map(|r| r.event).collect();
         assert_eq!(followed, stored);
     }
     assert_eq!(hub.followed(), 0);
@@ -271,7 +275,10 @@ async fn tasks_are_delivered_once_while_worked_on(streams: Streams) {
     let delivery = waiting.await.unwrap().unwrap();
     assert_eq!(DecodeTask::decode(&delivery.payload).unwrap(), task);
     assert_eq!(delivery.delivery, 1);
-    assert_eq!(streams.tasks.depth(Role::Decode, &model()).await.unwrap(), Depth { pending: 0, ack_pending: 1 });
+    assert_eq!(
+        streams.tasks.depth(Role::Decode, &model()).await.unwrap(),
+        Depth { pending: 0, ack_pending: 1 }
+    );
     for _ in 0..4 {
         tokio::time::sleep(ACK_WAIT / 2).await;
         streams.tasks.answer(&delivery.ack_subject, Verdict::Progress).await.unwrap();
@@ -315,7 +322,10 @@ async fn a_task_published_twice_is_queued_once(streams: Streams) {
     let task = task();
     enqueue(&*streams.tasks, &task).await.unwrap();
     enqueue(&*streams.tasks, &task).await.unwrap();
-    assert_eq!(streams.tasks.depth(Role::Decode, &model()).await.unwrap(), Depth { pending: 1, ack_pending: 0 });
+    assert_eq!(
+        streams.tasks.depth(Role::Decode, &model()).await.unwrap(),
+        Depth { pending: 1, ack_pending: 0 }
+    );
 }
 
 async fn a_full_queue_refuses(streams: Streams) {
@@ -426,7 +436,8 @@ mod server_faults {
         author.await.unwrap();
         let followed = follower.await.unwrap();
         assert_eq!(followed.len(), 3003);
-        let stored: Vec<Event> = streams.log.read(&log, 0).await.unwrap().into_iter().map(|r| r.event).collect();
+        let stored: Vec<Event> =
+            streams.log.read(&log, 0).await.unwrap().into_iter().map(|r| r.event).collect();
         assert_eq!(followed, stored);
     }
 

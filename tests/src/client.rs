@@ -148,7 +148,7 @@ impl Streaming {
     ///
     /// # Panics
     /// If the stream breaks off: it must end with `[DONE]` or an error.
-    pub async fn to_end(mut self) -> Answer {
+    pub async fn rest(mut self) -> Answer {
         while self.read().await {}
         assert!(self.done, "the stream broke off after {:?}", self.answer);
         self.answer

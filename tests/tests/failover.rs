@@ -65,7 +65,7 @@ async fn a_decode_worker_is_killed_in_mid_stream() {
     stream.read_text(100).await;
     let [mut owner, other] = owner_first(&state_now(&deployment, stream.answer().request).await, [one, two]);
     owner.process.kill();
-    let answer = stream.to_end().await;
+    let answer = stream.rest().await;
     let state = deployment.check(&answer).await;
     assert_eq!(state.phase, Phase::Completed);
     assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&other.id)));
@@ -90,7 +90,7 @@ async fn a_decode_worker_is_killed_while_it_waits_for_the_prefill() {
     deployment.logged(request, |event| matches!(event.body, Body::KvReady(_))).await;
     let [mut owner, other] = owner_first(&state_now(&deployment, request).await, [one, two]);
     owner.process.kill();
-    let state = deployment.check(&stream.to_end().await).await;
+    let state = deployment.check(&stream.rest().await).await;
     assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&other.id)));
     assert_eq!(state.tokens, undisturbed.tokens);
     // The KV that nobody has read is given up with its lease.
@@ -112,7 +112,7 @@ async fn a_decode_worker_that_runs_the_model_is_killed() {
     owner.process.kill();
     let before = state_now(&deployment, request).await;
     assert_eq!(before.phase, Phase::Decoding, "it is killed in the midst of its work");
-    let state = deployment.check(&stream.to_end().await).await;
+    let state = deployment.check(&stream.rest().await).await;
     assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&other.id)));
     assert_eq!(state.tokens[..before.tokens.len()], before.tokens);
     assert_eq!(state.tokens.len(), 3000);
@@ -133,7 +133,7 @@ async fn a_decode_worker_is_stopped_and_goes_on() {
     zombie.process.signal(Signal::STOP);
     deployment.logged(request, |event| claims(event, 2)).await;
     zombie.process.signal(Signal::CONT);
-    let answer = stream.to_end().await;
+    let answer = stream.rest().await;
     let state = deployment.check(&answer).await;
     assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&other.id)));
     assert_eq!(state.tokens, undisturbed.tokens);
@@ -156,7 +156,7 @@ async fn the_only_decode_worker_is_stopped_and_goes_on() {
     worker.process.signal(Signal::STOP);
     tokio::time::sleep(ACK_WAIT * 2).await;
     worker.process.signal(Signal::CONT);
-    let answer = stream.to_end().await;
+    let answer = stream.rest().await;
     let state = deployment.check(&answer).await;
     assert_eq!(state.phase, Phase::Completed);
     assert_eq!(state.tokens, undisturbed.tokens);
@@ -185,7 +185,7 @@ async fn a_prefill_worker_is_killed_while_it_computes() {
     // Another one finishes it.
     deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "1000");
     let mut second = deployment.prefill().await;
-    let state = deployment.check(&stream.to_end().await).await;
+    let state = deployment.check(&stream.rest().await).await;
     assert_eq!((state.attempt, &state.tokens), (1, &undisturbed.tokens));
     let events = deployment.events(request).await;
     let prefilling: Vec<_> = events
@@ -208,7 +208,7 @@ async fn a_prefill_worker_is_killed_while_it_computes() {
     deployment.logged(request, |event| matches!(event.body, Body::KvReady(_))).await;
     third.process.kill();
     deployment.logged(request, |event| matches!(event.body, Body::KvLost(_))).await;
-    let state = deployment.check(&stream.to_end().await).await;
+    let state = deployment.check(&stream.rest().await).await;
     assert_eq!((state.attempt, &state.tokens), (1, &undisturbed.tokens));
     assert_eq!(state.worker, Some(decode.id.clone()));
     deployment.gone(&third.id).await;
@@ -235,7 +235,7 @@ async fn a_prefill_worker_is_stopped_and_goes_on() {
     deployment.logged(request, as_far).await;
     assert_eq!(pieces, 1, "this machine is too slow for this test");
     zombie.process.signal(Signal::CONT);
-    let state = deployment.check(&stream.to_end().await).await;
+    let state = deployment.check(&stream.rest().await).await;
     assert_eq!((state.attempt, &state.tokens), (1, &undisturbed.tokens));
     deployment.all_slots_free().await;
     deployment.queue_empty(Role::Prefill).await;
@@ -248,7 +248,7 @@ async fn the_nats_server_is_killed_and_comes_back() {
     let mut stream = gateway.client.stream(&chat()).await;
     stream.read_text(50).await;
     deployment.interrupt_nats(Duration::from_secs(1)).await;
-    let state = deployment.check(&stream.to_end().await).await;
+    let state = deployment.check(&stream.rest().await).await;
     assert_eq!((&state.phase, &state.tokens), (&Phase::Completed, &undisturbed.tokens));
     soon("the gateway is ready again", gateway.client.wait_ready()).await;
     let answer = gateway.client.ask(&chat()).await;
@@ -271,7 +271,7 @@ async fn workers_that_are_told_to_stop_finish_first() {
         tokio::spawn(async move { client.ask(&chat()).await })
     };
     assert!(prefill.process.ended().await.success());
-    let state = deployment.check(&stream.to_end().await).await;
+    let state = deployment.check(&stream.rest().await).await;
     assert_eq!((state.attempt, &state.tokens), (1, &undisturbed.tokens));
     assert!(decode.process.ended().await.success());
     deployment.gone(&decode.id).await;
@@ -292,7 +292,7 @@ async fn a_request_outlives_the_grace_of_its_worker() {
     let other = deployment.decode().await;
     hasty.terminate();
     assert!(hasty.process.ended().await.success());
-    let state = deployment.check(&stream.to_end().await).await;
+    let state = deployment.check(&stream.rest().await).await;
     assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&other.id)));
     assert_eq!(state.tokens, undisturbed.tokens);
     deployment.all_slots_free().await;

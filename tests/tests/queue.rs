@@ -53,7 +53,7 @@ async fn a_request_that_nobody_takes_expires() {
     let answer = gateway.client.ask(&chat).await;
     assert_eq!(answer.status, 504, "{answer:?}");
     assert_eq!(answer.error.as_ref().expect("an error")["code"], "deadline_exceeded");
-    let streamed = gateway.client.stream(&chat).await.to_end().await;
+    let streamed = gateway.client.stream(&chat).await.rest().await;
     assert_eq!(streamed.error.as_ref().expect("an error")["code"], "deadline_exceeded");
     for answer in [&answer, &streamed] {
         let state = deployment.check(answer).await;
@@ -67,7 +67,7 @@ async fn a_request_that_nobody_takes_expires() {
     assert_eq!(deployment.depth(Role::Decode).await, Depth { pending: 2, ack_pending: 0 });
     let _worker = deployment.decode().await;
     deployment.queue_empty(Role::Decode).await;
-    let slow = gateway.client.stream(&chat).await.to_end().await;
+    let slow = gateway.client.stream(&chat).await.rest().await;
     assert_eq!(slow.error.as_ref().expect("an error")["code"], "deadline_exceeded");
     assert!(!slow.text.is_empty());
     assert_eq!(deployment.check(&slow).await.phase, Phase::Failed);

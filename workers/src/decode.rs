@@ -118,14 +118,18 @@ async fn failed(worker: &Worker, delivery: &Delivery, log: &LogRef, error: &Requ
     };
     // The newer attempt may be this worker's own: a task comes again to one that hung for longer than the ack
     // wait, in another of its slots. To give it back from here would take it from there.
-    let overtaken =
-        matches!(error, RequestError::Write(WriteError::Overtaken { .. }) | RequestError::ClaimedElsewhere(_));
+    let overtaken = matches!(
+        error,
+        RequestError::Write(WriteError::Overtaken { .. }) | RequestError::ClaimedElsewhere(_)
+    );
     if overtaken || state.state().worker.as_ref().is_some_and(|owner| *owner != worker.id) {
         tracing::info!(%log, %error, "a newer attempt goes on with the request");
         return None;
     }
     let code = match error {
-        RequestError::Engine(EngineError::ContextFull { .. } | EngineError::UnknownToken { .. }) => FailureCode::Unservable,
+        RequestError::Engine(EngineError::ContextFull { .. } | EngineError::UnknownToken { .. }) => {
+            FailureCode::Unservable
+        }
         RequestError::Engine(_) => FailureCode::EngineFailed,
         _ if delivery.delivery >= worker.streams.tasks.max_deliver() => FailureCode::TooManyAttempts,
         _ => {
@@ -151,7 +155,9 @@ fn place(tokens: u32, max_local_prefill_length: u32, prefill_workers: usize) -> 
     if prefill_workers == 0 || tokens <= max_local_prefill_length {
         return Placement::Local;
     }
-    Placement::Remote { reason: format!("prompt of {tokens} > max_local_prefill_length {max_local_prefill_length}") }
+    Placement::Remote {
+        reason: format!("prompt of {tokens} > max_local_prefill_length {max_local_prefill_length}"),
+    }
 }
 
 /// How a remote prefill went.
@@ -303,7 +309,10 @@ impl Attempt<'_> {
 
     /// Reads the sealed KV of all tokens into the slot.
     async fn read(&self, state: &Lifecycle, tokens: u32) -> Result<KvTransferred, ReadError> {
-        let first = state.kv.first().ok_or_else(|| ReadError::BadHandle("no KvReady before PrefillCompleted".into()))?;
+        let first = state
+            .kv
+            .first()
+            .ok_or_else(|| ReadError::BadHandle("no KvReady before PrefillCompleted".into()))?;
         if state.kv.last().map(|handle| handle.tokens.end()) != Some(tokens) {
             return Err(ReadError::BadHandle(format!("the handles do not cover the {tokens} tokens")));
         }

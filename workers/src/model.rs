@@ -52,7 +52,8 @@ impl ModelText {
     /// `generation_config.json`.
     pub fn open(folder: &Path) -> Result<ModelText, TextError> {
         let path = folder.join("tokenizer.json");
-        let tokenizer_json = std::fs::read(&path).map_err(|source| TextError::Read { path: path.clone(), source })?;
+        let tokenizer_json =
+            std::fs::read(&path).map_err(|source| TextError::Read { path: path.clone(), source })?;
         let tokenizer = Tokenizer::from_bytes(&tokenizer_json)
             .map_err(|error| TextError::Malformed { path, problem: error.to_string() })?;
         let settings = optional_json(&folder.join("tokenizer_config.json"))?;
@@ -68,7 +69,12 @@ impl ModelText {
     }
 
     /// Stores the tokenizer where gateways find it, and makes the card of the model as `engine` runs it.
-    pub async fn card(&self, name: &str, engine: &EngineCard, streams: &Streams) -> Result<ModelCard, StreamError> {
+    pub async fn card(
+        &self,
+        name: &str,
+        engine: &EngineCard,
+        streams: &Streams,
+    ) -> Result<ModelCard, StreamError> {
         let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let earlier = streams.registry.models().await?.borrow().get(name).cloned();
         Ok(ModelCard {

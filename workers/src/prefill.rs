@@ -120,7 +120,8 @@ async fn prefill(
     loop {
         match outputs.recv().await.ok_or(EngineStopped)? {
             Output::Filled(filled) => {
-                let lease = sealed.get_or_insert_with(|| worker.leases.seal(slot.index(), worker.config.kv_lease));
+                let lease =
+                    sealed.get_or_insert_with(|| worker.leases.seal(slot.index(), worker.config.kv_lease));
                 lease.renew(worker.config.kv_lease);
                 let tokens = TokenRange { start: sealed_to, count: filled - sealed_to };
                 let handle = seal(worker, slot, lease, tokens).await;
@@ -130,6 +131,7 @@ async fn prefill(
             Output::Token(token) => {
                 output.push(token);
                 let completed = PrefillCompleted {
+                    worker: worker.id.clone(),
                     first_index,
                     token,
                     text: output.release(),

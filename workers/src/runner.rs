@@ -56,7 +56,9 @@ impl Runner {
         let scheduler = Scheduler::new(card.layout.slots, chunk_tokens);
         std::thread::Builder::new()
             .name("engine".into())
-            .spawn(move || EngineLoop { engine, scheduler, outputs: HashMap::new(), inbox, drawn: Vec::new() }.run())
+            .spawn(move || {
+                EngineLoop { engine, scheduler, outputs: HashMap::new(), inbox, drawn: Vec::new() }.run();
+            })
             .expect("a thread can be started");
         Runner { commands, card, kv }
     }
@@ -112,7 +114,9 @@ impl EngineLoop {
             while let Ok(command) = self.inbox.try_recv() {
                 self.obey(command);
             }
-            let step = self.scheduler.plan(|slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1));
+            let step = self
+                .scheduler
+                .plan(|slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1));
             if step == Step::default() && !self.wait() {
                 return;
             }
@@ -158,7 +162,8 @@ impl EngineLoop {
 
     /// Sequences that nobody reads any more leave.
     fn drop_unread(&mut self) {
-        let unread: Vec<u32> = self.outputs.iter().filter(|(_, out)| out.is_closed()).map(|(slot, _)| *slot).collect();
+        let unread: Vec<u32> =
+            self.outputs.iter().filter(|(_, out)| out.is_closed()).map(|(slot, _)| *slot).collect();
         unread.into_iter().for_each(|slot| self.leave(slot));
     }
 

@@ -188,7 +188,10 @@ mod tests {
         scheduler.add(sequence(2, 5, 4, 3));
         scheduler.add(sequence(0, 20, 0, 3));
         let step = scheduler.plan(|_| true);
-        assert_eq!(step, Step { chunk: Some(Chunk { slot: 0, start: 0, count: 8, last: false }), rows: vec![2] });
+        assert_eq!(
+            step,
+            Step { chunk: Some(Chunk { slot: 0, start: 0, count: 8, last: false }), rows: vec![2] }
+        );
         scheduler.filled(step.chunk.as_ref().unwrap());
         scheduler.stepped(2);
         assert!(scheduler.drawn(2, 7));

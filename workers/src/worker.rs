@@ -242,7 +242,8 @@ impl Worker {
             match self.streams.tasks.cancel_signals(&self.id).await {
                 Ok(mut signals) => {
                     while let Some(signal) = signals.next().await {
-                        let flag = self.running.lock().expect("no panics while held").get(&signal.request).cloned();
+                        let flag =
+                            self.running.lock().expect("no panics while held").get(&signal.request).cloned();
                         if let Some(flag) = flag {
                             flag.raise(signal.cause);
                         }

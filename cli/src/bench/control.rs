@@ -40,8 +40,16 @@ pub(crate) fn run(args: &ControlArgs) -> anyhow::Result<()> {
 }
 
 fn throughput(args: &ControlArgs, concurrency: &[usize], step_us: &str) -> anyhow::Result<()> {
-    let deployment =
-        Deployment::start(&["--engine", "sim", "--prefill", "0", "--slots", "128", "--sim-step-us", step_us])?;
+    let deployment = Deployment::start(&[
+        "--engine",
+        "sim",
+        "--prefill",
+        "0",
+        "--slots",
+        "128",
+        "--sim-step-us",
+        step_us,
+    ])?;
     let runtime = client_runtime()?;
     println!("{}  CPU seconds: gateway  workers  nats-server  (gateway MiB)", Report::HEADER);
     for clients in concurrency {

@@ -70,7 +70,14 @@ fn run_alone(args: &EngineBenchArgs, folder: &Path, block: usize) -> anyhow::Res
     let list = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
     let mut command = std::process::Command::new(std::env::current_exe()?);
     command.args(["bench", "engine", "--blocks", &block.to_string(), "--model"]).arg(folder);
-    command.args(["--prefill", &list(&args.prefill), "--batch", &list(&args.batch), "--at", &args.at.to_string()]);
+    command.args([
+        "--prefill",
+        &list(&args.prefill),
+        "--batch",
+        &list(&args.batch),
+        "--at",
+        &args.at.to_string(),
+    ]);
     if let Some(threads) = args.threads {
         command.args(["--threads", &threads.to_string()]);
     }
@@ -88,7 +95,8 @@ pub(super) fn random_model() -> anyhow::Result<PathBuf> {
     let config = ModelConfig::qwen3_0_6b();
     if !folder.join("model.safetensors").exists() {
         eprintln!("making a random checkpoint of Qwen3-0.6B's shape in {} (once)", folder.display());
-        random_checkpoint::write(&folder, &config, 1).with_context(|| format!("writing {}", folder.display()))?;
+        random_checkpoint::write(&folder, &config, 1)
+            .with_context(|| format!("writing {}", folder.display()))?;
     }
     write_tokenizer(&folder, config.vocab)?;
     Ok(folder)
@@ -110,6 +118,9 @@ fn write_tokenizer(folder: &Path, vocab: usize) -> anyhow::Result<()> {
     });
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string())?;
     let template = "{% for message in messages %}{{ message['content'] }} {% endfor %}";
-    std::fs::write(folder.join("tokenizer_config.json"), serde_json::json!({ "chat_template": template }).to_string())?;
+    std::fs::write(
+        folder.join("tokenizer_config.json"),
+        serde_json::json!({ "chat_template": template }).to_string(),
+    )?;
     Ok(())
 }

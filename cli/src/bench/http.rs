@@ -128,12 +128,16 @@ pub(super) fn words() -> Arc<Vec<String>> {
 async fn first_model(url: &str) -> anyhow::Result<String> {
     let text = reqwest::get(format!("{url}/v1/models")).await.context("listing models")?.text().await?;
     let list: serde_json::Value = serde_json::from_str(&text).context("listing models")?;
-    list["data"][0]["id"].as_str().map(str::to_owned).context("the server lists no model; name one with --model")
+    list["data"][0]["id"]
+        .as_str()
+        .map(str::to_owned)
+        .context("the server lists no model; name one with --model")
 }
 
 /// Runs the load: every client sends its requests one after another.
 pub(super) async fn measure(load: &Load) -> Report {
-    let client = reqwest::Client::builder().pool_max_idle_per_host(load.clients).build().expect("plain settings");
+    let client =
+        reqwest::Client::builder().pool_max_idle_per_host(load.clients).build().expect("plain settings");
     let (load, next) = (Arc::new(load.clone()), Arc::new(AtomicU64::new(0)));
     let begun = Instant::now();
     let clients: Vec<_> = (0..load.clients)
@@ -149,11 +153,16 @@ pub(super) async fn measure(load: &Load) -> Report {
             })
         })
         .collect();
-    let answers: Vec<_> = futures::future::join_all(clients).await.into_iter().flat_map(|done| done.expect("no panic")).collect();
+    let answers: Vec<_> = futures::future::join_all(clients)
+        .await
+        .into_iter()
+        .flat_map(|done| done.expect("no panic"))
+        .collect();
     let seconds = begun.elapsed().as_secs_f64();
     let good: Vec<&Answer> = answers.iter().filter_map(|answer| answer.as_ref().ok()).collect();
     let sorted = |value: fn(&Answer) -> f64| {
-        let mut values: Vec<f64> = good.iter().map(|answer| value(answer)).filter(|value| value.is_finite()).collect();
+        let mut values: Vec<f64> =
+            good.iter().map(|answer| value(answer)).filter(|value| value.is_finite()).collect();
         values.sort_by(f64::total_cmp);
         values
     };
@@ -161,7 +170,9 @@ pub(super) async fn measure(load: &Load) -> Report {
         clients: load.clients,
         requests: answers.len(),
         failed: answers.len() - good.len(),
-        first_failure: answers.iter().find_map(|answer| answer.as_ref().err().map(|error| format!("{error:#}"))),
+        first_failure: answers
+            .iter()
+            .find_map(|answer| answer.as_ref().err().map(|error| format!("{error:#}"))),
         prompt_tokens: good.iter().map(|answer| answer.prompt_tokens).sum(),
         tokens: good.iter().map(|answer| answer.tokens).sum(),
         chunks: good.iter().map(|answer| answer.chunks).sum(),
@@ -209,8 +220,9 @@ async fn ask(client: &reqwest::Client, load: &Load, number: u64) -> anyhow::Resu
         let keep = tail.len().saturating_sub(8192);
         tail.drain(..keep);
     }
-    let usage = last_usage(&tail)
-        .with_context(|| format!("the stream ended without usage: …{}", String::from_utf8_lossy(&tail).trim_end()))?;
+    let usage = last_usage(&tail).with_context(|| {
+        format!("the stream ended without usage: …{}", String::from_utf8_lossy(&tail).trim_end())
+    })?;
     let (prompt_tokens, tokens) = (count(&usage, "prompt_tokens"), count(&usage, "completion_tokens"));
     let first = first.unwrap_or(last);
     Ok(Answer {

@@ -45,7 +45,10 @@ pub(crate) fn run(args: &KvArgs) -> anyhow::Result<()> {
     let peers = KvPeers::new(HASH);
     let mut memcpy = PlainCopy::new(layout.region_bytes());
     let (mut copies, mut plain, mut checked) = (Vec::new(), Vec::new(), Vec::new());
-    println!("\n# KV read: {:.0} MB ({count} tokens of Qwen3-0.6B in fp32), one thread\n", layout.region_bytes() as f64 / 1e6);
+    println!(
+        "\n# KV read: {:.0} MB ({count} tokens of Qwen3-0.6B in fp32), one thread\n",
+        layout.region_bytes() as f64 / 1e6
+    );
     for repeat in 0..=args.repeats {
         let copy = memcpy.seconds();
         let unchecked = timed(|| copy_pieces(&owner.region, &into, &layout, tokens));

@@ -62,11 +62,17 @@ impl Deployment {
 
     /// What its processes have used: (name, used), in a fixed order.
     pub(super) fn used(&self) -> Vec<(&'static str, Used)> {
-        let mut sums = vec![("gateway", Used::default()), ("workers", Used::default()), ("nats-server", Used::default())];
+        let mut sums = vec![
+            ("gateway", Used::default()),
+            ("workers", Used::default()),
+            ("nats-server", Used::default()),
+        ];
         for pid in children(self.up.id()) {
             let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
-            let name = ["gateway", "worker", "nats"].iter().position(|name| command.contains(&format!("{name} ")) || command.contains(&format!("{name}.conf")));
+            let name = ["gateway", "worker", "nats"].iter().position(|name| {
+                command.contains(&format!("{name} ")) || command.contains(&format!("{name}.conf"))
+            });
             if let Some(index) = name {
                 let used = used_by(pid);
                 sums[index].1.cpu_seconds += used.cpu_seconds;
@@ -90,7 +96,10 @@ impl Drop for Deployment {
 fn children(parent: u32) -> Vec<u32> {
     let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| stat(*pid).is_some_and(|fields| fields.get(1).is_some_and(|ppid| *ppid == parent.to_string()))).collect()
+    pids.filter(|pid| {
+        stat(*pid).is_some_and(|fields| fields.get(1).is_some_and(|ppid| *ppid == parent.to_string()))
+    })
+    .collect()
 }
 
 /// The fields of `/proc/<pid>/stat` after the command's name: state, parent, …

@@ -54,13 +54,27 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
         Some(folder) => (folder.clone(), super::http::words()),
         None => (random_model()?, Arc::new(random_model_words(100_000).collect())),
     };
-    let (model, block, prefill) = (folder.display().to_string(), args.block.to_string(), args.prefill.to_string());
+    let (model, block, prefill) =
+        (folder.display().to_string(), args.block.to_string(), args.prefill.to_string());
     let deployment = Deployment::start(&[
-        "--model", &model, "--name", "bench", "--weights", "int4", "--block", &block, "--prefill", &prefill,
-        "--context", "1024",
+        "--model",
+        &model,
+        "--name",
+        "bench",
+        "--weights",
+        "int4",
+        "--block",
+        &block,
+        "--prefill",
+        &prefill,
+        "--context",
+        "1024",
     ])?;
     let runtime = client_runtime()?;
-    println!("\n# Served: int4 in blocks of {block}, {} words in, {} tokens out, {prefill} prefill workers\n", args.words, args.tokens);
+    println!(
+        "\n# Served: int4 in blocks of {block}, {} words in, {} tokens out, {prefill} prefill workers\n",
+        args.words, args.tokens
+    );
     println!("{}", Report::HEADER);
     for clients in &args.concurrency {
         let load = Load {
@@ -73,7 +87,11 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
             vocabulary: vocabulary.clone(),
         };
         let report = runtime.block_on(measure(&load));
-        println!("{}   ({:.0} prompt tokens each)", report.row(), report.prompt_tokens as f64 / report.requests as f64);
+        println!(
+            "{}   ({:.0} prompt tokens each)",
+            report.row(),
+            report.prompt_tokens as f64 / report.requests as f64
+        );
         if let Some(failure) = report.first_failure {
             bail!("a request failed: {failure}");
         }

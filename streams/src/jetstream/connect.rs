@@ -78,7 +78,10 @@ pub async fn connect(options: Options) -> Result<Streams, ConnectError> {
         .reconnect_delay_callback(|attempts| Duration::from_millis(50 << attempts.min(5)))
         .event_callback(|event| async move { note(&event) });
     if let Some(path) = &options.credentials {
-        let bad = |cause: std::io::Error| ConnectError::Credentials { path: path.clone(), cause: cause.to_string() };
+        let bad = |cause: std::io::Error| ConnectError::Credentials {
+            path: path.clone(),
+            cause: cause.to_string(),
+        };
         let text = std::fs::read_to_string(path).map_err(bad)?;
         nats = nats.credentials(&text).map_err(bad)?;
     }
@@ -103,7 +106,9 @@ fn note(event: &Event) {
     match event {
         Event::Connected => tracing::info!("connected to NATS"),
         Event::Disconnected => tracing::warn!("lost the connection to NATS; reconnecting"),
-        Event::SlowConsumer(_) => tracing::warn!("live events came faster than they were read; reading the log instead"),
+        Event::SlowConsumer(_) => {
+            tracing::warn!("live events came faster than they were read; reading the log instead");
+        }
         other => tracing::debug!(event = %other, "NATS"),
     }
 }

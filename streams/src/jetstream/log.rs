@@ -1,7 +1,8 @@
 //! Logs as subjects of the stream `FB_LOG`.
 
 use super::{
-    FULL, JetStream, PublishError, REQUEST_TIMEOUT, WRONG_LAST_SEQUENCE, failed, header, header_number, topology::LOG,
+    FULL, JetStream, PublishError, REQUEST_TIMEOUT, WRONG_LAST_SEQUENCE, failed, header, header_number,
+    topology::LOG,
 };
 use crate::{
     StreamError,
@@ -130,7 +131,8 @@ impl JetStream {
     async fn read_batch(&self, subject: &str, from: u64) -> Result<(Vec<Message>, bool), String> {
         let inbox = self.client.new_inbox();
         let mut replies = self.client.subscribe(inbox.clone()).await.map_err(|error| error.to_string())?;
-        let query = serde_json::json!({ "seq": from, "batch": READ_BATCH, "next_by_subj": subject }).to_string();
+        let query =
+            serde_json::json!({ "seq": from, "batch": READ_BATCH, "next_by_subj": subject }).to_string();
         self.client
             .publish_with_reply(format!("$JS.API.DIRECT.GET.{LOG}"), inbox, query.into())
             .await
@@ -161,8 +163,10 @@ fn log_of(subject: &str) -> Option<LogRef> {
 }
 
 fn recorded(message: &Message) -> Result<Recorded, String> {
-    let seq = header_number(message.headers.as_ref(), "Nats-Sequence").ok_or("a stored message without sequence")?;
-    let event = wire::decode(&message.payload).map_err(|error| format!("event at sequence {seq}: {error}"))?;
+    let seq = header_number(message.headers.as_ref(), "Nats-Sequence")
+        .ok_or("a stored message without sequence")?;
+    let event =
+        wire::decode(&message.payload).map_err(|error| format!("event at sequence {seq}: {error}"))?;
     Ok(Recorded { seq, event })
 }
 

@@ -32,7 +32,12 @@ impl JetStream {
     }
 
     /// Publishes into a stream and returns the sequence that it was stored at.
-    async fn publish(&self, subject: String, headers: HeaderMap, payload: Bytes) -> Result<u64, PublishError> {
+    async fn publish(
+        &self,
+        subject: String,
+        headers: HeaderMap,
+        payload: Bytes,
+    ) -> Result<u64, PublishError> {
         let request = Request::new().headers(headers).payload(payload).timeout(Some(REQUEST_TIMEOUT));
         let reply = self.client.send_request(subject, request).await.map_err(|error| match error.kind() {
             // Nothing was sent, or no stream listens (the server is starting): certainly not stored.
@@ -42,10 +47,12 @@ impl JetStream {
             RequestErrorKind::MaxPayloadExceeded => PublishError::TooLarge,
             _ => PublishError::Unknown(error.to_string()),
         })?;
-        let ack: PublishAck =
-            serde_json::from_slice(&reply.payload).map_err(|error| PublishError::Unknown(error.to_string()))?;
+        let ack: PublishAck = serde_json::from_slice(&reply.payload)
+            .map_err(|error| PublishError::Unknown(error.to_string()))?;
         match ack.error {
-            Some(error) => Err(PublishError::Refused { code: error.err_code, description: error.description }),
+            Some(error) => {
+                Err(PublishError::Refused { code: error.err_code, description: error.description })
+            }
             None => Ok(ack.seq),
         }
     }

@@ -49,7 +49,8 @@ impl Registry for JetStream {
                 Change::Gone(key) => drop(cards.remove(&key)),
                 Change::Tick => {}
             }
-            let models: BTreeMap<_, _> = cards.values().map(|card| (card.name.clone(), card.clone())).collect();
+            let models: BTreeMap<_, _> =
+                cards.values().map(|card| (card.name.clone(), card.clone())).collect();
             sender.send_if_modified(|current| replace(current, Arc::new(models)));
             !sender.is_closed()
         })

@@ -48,7 +48,9 @@ impl Tasks for JetStream {
                 Err(PublishError::Refused { code, .. }) if FULL.contains(&code) => {
                     return Err(EnqueueError::Full { role, model: model.clone() });
                 }
-                Err(PublishError::Refused { code, description }) => trouble = format!("{description} ({code})"),
+                Err(PublishError::Refused { code, description }) => {
+                    trouble = format!("{description} ({code})");
+                }
                 Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => trouble = cause,
                 Err(PublishError::TooLarge) => trouble = "a task larger than the server takes".to_owned(),
             }
@@ -56,7 +58,12 @@ impl Tasks for JetStream {
         Err(StreamError::new(format!("queueing a {} task of model {model}", role.as_str()), trouble).into())
     }
 
-    async fn pull(&self, role: Role, model: &ModelKey, wait: Duration) -> Result<Option<Delivery>, StreamError> {
+    async fn pull(
+        &self,
+        role: Role,
+        model: &ModelKey,
+        wait: Duration,
+    ) -> Result<Option<Delivery>, StreamError> {
         let consumer = consumer_name(role, model);
         let what = format!("pulling from {consumer}");
         // An inbox of its own: dropping this pull takes the server's interest away with it, so that no task is
@@ -105,7 +112,10 @@ impl Tasks for JetStream {
         self.client.publish(format!("fb.cancel.{worker}"), payload.into()).await.map_err(failed(what))
     }
 
-    async fn cancel_signals(&self, worker: &WorkerId) -> Result<BoxStream<'static, CancelSignal>, StreamError> {
+    async fn cancel_signals(
+        &self,
+        worker: &WorkerId,
+    ) -> Result<BoxStream<'static, CancelSignal>, StreamError> {
         let what = format!("subscribing to signals for {worker}");
         let signals = self.client.subscribe(format!("fb.cancel.{worker}")).await.map_err(failed(what))?;
         Ok(signals.filter_map(|message| async move { serde_json::from_slice(&message.payload).ok() }).boxed())
@@ -117,7 +127,7 @@ fn delivered(reply: Message) -> Result<Option<Delivery>, String> {
     if let Some(status) = reply.status {
         return match status.as_u16() {
             404 | 408 => Ok(None),
-            _ => Err(reply.description.map_or(status.to_string(), |text| text.to_string())),
+            _ => Err(reply.description.unwrap_or_else(|| status.to_string())),
         };
     }
     let ack_subject = reply.reply.ok_or("a task without ack subject")?.to_string();

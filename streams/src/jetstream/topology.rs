@@ -88,8 +88,11 @@ pub(crate) async fn ensure(context: &Context, limits: &Limits) -> Result<(), Str
     ensure_bucket(context, bucket(MODELS, Duration::ZERO)).await?;
     ensure_bucket(context, bucket(WORKERS, limits.lease_time)).await?;
     if context.get_object_store(BLOBS).await.is_err() {
-        let config =
-            object_store::Config { bucket: BLOBS.to_owned(), num_replicas: limits.replicas, ..Default::default() };
+        let config = object_store::Config {
+            bucket: BLOBS.to_owned(),
+            num_replicas: limits.replicas,
+            ..Default::default()
+        };
         context.create_object_store(config).await.map_err(failed(format!("making object store {BLOBS}")))?;
     }
     Ok(())
@@ -202,7 +205,10 @@ pub(crate) async fn ensure_consumer(
     if found.filter_subject != wanted.filter_subject || found.ack_policy != wanted.ack_policy {
         return Err(StreamError::new(
             format!("checking consumer {name}"),
-            format!("it exists with another filter or ack policy; remove it (`nats consumer rm {} {name}`)", queue_stream(role)),
+            format!(
+                "it exists with another filter or ack policy; remove it (`nats consumer rm {} {name}`)",
+                queue_stream(role)
+            ),
         ));
     }
     Ok(())

@@ -5,8 +5,8 @@
 //! whose logits are wanted; `past.<layer>.<k|v>` `[batch, kv_heads, positions, head_dim]`.
 //! Outputs: `logits` `[rows, vocab]` fp32; `present.<layer>.<k|v>`, to be bound to the memory of the past.
 //!
-//! A layer is nine nodes: norm → QKV → [`fused`] head norms → attention (RoPE inside) → output projection, norm →
-//! gate and up → [`fused`] SwiGLU → down. The norms add the residual. In the last layer only the wanted rows go
+//! A layer is nine nodes: norm → QKV → `fused` head norms → attention (RoPE inside) → output projection, norm →
+//! gate and up → `fused` SwiGLU → down. The norms add the residual. In the last layer only the wanted rows go
 //! past the attention.
 
 use super::{

@@ -19,8 +19,11 @@ use ort::{
 };
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
+
+/// Held while a session is made.
+static OPENING: Mutex<()> = Mutex::new(());
 
 /// How to open an [`OnnxEngine`].
 #[derive(Clone, Debug)]
@@ -105,6 +108,8 @@ impl OnnxEngine {
         let context_limit = options.positions.saturating_sub(1);
         checkpoint.check_context(context_limit as usize)?;
         let environment = library::load(options.library.as_deref())?;
+        // ONNX Runtime's table of operator domains is one for the process and not safe to fill from two threads.
+        let _one_at_a_time = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
         let card = card(checkpoint, options);
         let program = program(&environment, checkpoint, options)?;
         let kv = Arc::new(Region::create("forebay-kv", card.layout.region_bytes())?);

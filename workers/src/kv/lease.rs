@@ -55,8 +55,10 @@ impl Word {
 
     /// The slot's generation.
     pub fn generation(self) -> u64 {
-        let (Word::Open(generation) | Word::Sealed(generation) | Word::Claimed(generation) | Word::Released(generation)) =
-            self;
+        let (Word::Open(generation)
+        | Word::Sealed(generation)
+        | Word::Claimed(generation)
+        | Word::Released(generation)) = self;
         generation
     }
 }

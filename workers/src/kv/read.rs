@@ -33,7 +33,9 @@ pub enum ReadError {
         cause: String,
     },
     /// The owner is another life of that worker, or has reused the slot.
-    #[error("the lease is over: slot {slot} of worker {agent} is at generation {found}, the handle's is {expected}")]
+    #[error(
+        "the lease is over: slot {slot} of worker {agent} is at generation {found}, the handle's is {expected}"
+    )]
     LeaseOver {
         /// Whose KV.
         agent: WorkerId,
@@ -69,7 +71,14 @@ pub trait Transport: Send + Sync {
 
     /// Copies one group of planes of the handle's tokens into a slot of this worker's region, and returns the
     /// sum of the bytes as stored.
-    fn read(&self, handle: &KvHandle, group: usize, into: &Region, layout: &KvLayout, slot: u32) -> Result<u64, ReadError>;
+    fn read(
+        &self,
+        handle: &KvHandle,
+        group: usize,
+        into: &Region,
+        layout: &KvLayout,
+        slot: u32,
+    ) -> Result<u64, ReadError>;
 
     /// The slot's generation now.
     fn generation(&self, handle: &KvHandle) -> Result<u64, ReadError>;
@@ -91,7 +100,11 @@ impl KvPeers {
     }
 
     /// The transport to the worker that holds a handle's bytes; `lease` is what the registry knows of it.
-    pub fn transport(&self, handle: &KvHandle, lease: Option<&WorkerLease>) -> Result<Arc<dyn Transport>, ReadError> {
+    pub fn transport(
+        &self,
+        handle: &KvHandle,
+        lease: Option<&WorkerLease>,
+    ) -> Result<Arc<dyn Transport>, ReadError> {
         if handle.layout_hash != self.layout_hash {
             let agent = handle.agent.clone();
             return Err(ReadError::Layout { agent, expected: self.layout_hash, found: handle.layout_hash });
@@ -162,7 +175,12 @@ fn check_generation(transport: &dyn Transport, handle: &KvHandle) -> Result<(), 
 }
 
 pub(super) fn lease_over(handle: &KvHandle, found: u64) -> ReadError {
-    ReadError::LeaseOver { agent: handle.agent.clone(), slot: handle.slot, expected: handle.generation, found }
+    ReadError::LeaseOver {
+        agent: handle.agent.clone(),
+        slot: handle.slot,
+        expected: handle.generation,
+        found,
+    }
 }
 
 /// A handle comes from an event that somebody else wrote: nothing in it is taken for granted.
@@ -171,11 +189,17 @@ fn check_handle(handle: &KvHandle, layout: &KvLayout) -> Result<(), ReadError> {
     if handle.layout.geometry != layout.geometry {
         return bad(format!("geometry {:?}, not {:?}", handle.layout.geometry, layout.geometry));
     }
-    if handle.slot >= handle.layout.slots || handle.tokens.end() > handle.layout.positions.min(layout.positions) {
+    if handle.slot >= handle.layout.slots
+        || handle.tokens.end() > handle.layout.positions.min(layout.positions)
+    {
         return bad(format!("slot {} positions {:?} of {:?}", handle.slot, handle.tokens, handle.layout));
     }
     if handle.checksums.len() != KvHandle::groups(&layout.geometry) {
-        return bad(format!("{} checksums for {} groups", handle.checksums.len(), KvHandle::groups(&layout.geometry)));
+        return bad(format!(
+            "{} checksums for {} groups",
+            handle.checksums.len(),
+            KvHandle::groups(&layout.geometry)
+        ));
     }
     Ok(())
 }

@@ -15,7 +15,8 @@ use forebay_schemas::{
     kv::{KvHandle, KvLayout, LayoutHash},
 };
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -127,7 +128,8 @@ fn meet(path: &str) -> Result<(Greeting, OwnedFd, OwnedFd), String> {
     let (Some(region), Some(words)) = (descriptors.next(), descriptors.next()) else {
         return Err("the greeting came without descriptors".into());
     };
-    let greeting = serde_json::from_slice(&bytes[..received.bytes]).map_err(|error| format!("greeting: {error}"))?;
+    let greeting =
+        serde_json::from_slice(&bytes[..received.bytes]).map_err(|error| format!("greeting: {error}"))?;
     Ok((greeting, region, words))
 }
 
@@ -139,12 +141,17 @@ pub struct ShmPeers {
 
 impl ShmPeers {
     /// The peer that holds a handle's bytes.
-    pub fn peer(&self, handle: &KvHandle, lease: Option<&WorkerLease>) -> Result<Arc<dyn Transport>, ReadError> {
+    pub fn peer(
+        &self,
+        handle: &KvHandle,
+        lease: Option<&WorkerLease>,
+    ) -> Result<Arc<dyn Transport>, ReadError> {
         let key = (handle.agent.clone(), handle.incarnation);
         if let Some(peer) = self.mapped.lock().expect("no panics while held").get(&key) {
             return Ok(peer.clone());
         }
-        let unreachable = |cause: String| ReadError::Unreachable { agent: handle.agent.clone(), transport: "shm", cause };
+        let unreachable =
+            |cause: String| ReadError::Unreachable { agent: handle.agent.clone(), transport: "shm", cause };
         let lease = lease.ok_or_else(|| unreachable("it has no lease in the registry".into()))?;
         if lease.host != host_id() {
             return Err(unreachable(format!("it is on another host ({})", lease.host)));
@@ -194,7 +201,8 @@ impl Transport for ShmPeer {
     }
 
     fn claim(&self, handle: &KvHandle) -> Result<(), ReadError> {
-        let (sealed, claimed) = (Word::Sealed(handle.generation).pack(), Word::Claimed(handle.generation).pack());
+        let (sealed, claimed) =
+            (Word::Sealed(handle.generation).pack(), Word::Claimed(handle.generation).pack());
         match self.words.swap_if(handle.slot as usize, sealed, claimed) {
             Ok(()) => Ok(()),
             // Claimed by a reader that was given up for dead: what it had, this one may read too.
@@ -203,7 +211,14 @@ impl Transport for ShmPeer {
         }
     }
 
-    fn read(&self, handle: &KvHandle, group: usize, into: &Region, layout: &KvLayout, slot: u32) -> Result<u64, ReadError> {
+    fn read(
+        &self,
+        handle: &KvHandle,
+        group: usize,
+        into: &Region,
+        layout: &KvLayout,
+        slot: u32,
+    ) -> Result<u64, ReadError> {
         let planes = KvHandle::group_planes(&layout.geometry, group);
         let from = self.layout.pieces(handle.slot, handle.tokens, planes.clone());
         let mut sum = Checksum::default();
@@ -218,7 +233,8 @@ impl Transport for ShmPeer {
     }
 
     fn release(&self, handle: &KvHandle) {
-        let (claimed, released) = (Word::Claimed(handle.generation).pack(), Word::Released(handle.generation).pack());
+        let (claimed, released) =
+            (Word::Claimed(handle.generation).pack(), Word::Released(handle.generation).pack());
         // Whatever else it is by now, it is no longer this reader's.
         let _ = self.words.swap_if(handle.slot as usize, claimed, released);
     }
