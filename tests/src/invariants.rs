@@ -110,16 +110,18 @@ fn one_author(events: &[Recorded]) -> Result<(), Broken> {
 fn one_prefill(events: &[Recorded]) -> Result<(), Broken> {
     let mut owner = None;
     for Recorded { seq, event } in events {
-        match &event.body {
-            Body::PrefillClaimed(claimed) => owner = Some(&claimed.worker),
-            Body::KvReady(ready) if Some(&ready.handle.agent) != owner => {
-                let agent = &ready.handle.agent;
-                return Err(broken(
-                    ONE_PREFILL,
-                    format!("KV of {agent} in the prefill of {owner:?}, at {seq}"),
-                ));
+        let author = match &event.body {
+            Body::PrefillClaimed(claimed) => {
+                owner = Some(&claimed.worker);
+                continue;
             }
-            _ => {}
+            Body::KvReady(ready) => &ready.handle.agent,
+            Body::PrefillCompleted(done) => &done.worker,
+            _ => continue,
+        };
+        if Some(author) != owner {
+            let name = event.body.name();
+            return Err(broken(ONE_PREFILL, format!("{name} of {author} in that of {owner:?}, at {seq}")));
         }
     }
     Ok(())

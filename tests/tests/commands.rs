@@ -1,10 +1,11 @@
 //! What a user meets when something is missing: exit code 1, and a message that says what to do.
 
+use forebay_streams::server::Server;
 use forebay_tests::{PATIENCE, deployment::forebay, files, process::Process};
 use rustix::process::Signal;
 use std::{
     net::TcpListener,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
@@ -132,6 +133,7 @@ async fn up_answers_and_takes_everything_down() {
     let mut command = forebay(&["up", "--ask", "What is a forebay?", "--nats-port", "0"]);
     command.args(["--listen", &format!("127.0.0.1:{port}"), "--data"]).arg(&data);
     command.env("FOREBAY_SOCKETS", folder.path().join("s"));
+    let _no_server_left = NatsOf(data.join("nats"));
     let mut up = Process::start("up", &mut command, folder.path().join("up.log"));
     up.says("Serving on http://127.0.0.1").await;
     let log = up.log();
@@ -159,6 +161,15 @@ async fn up_answers_and_takes_everything_down() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("left behind: {:?}", left());
+}
+
+/// The nats-server of a `forebay up` that could not stop it, because its test failed and killed it.
+struct NatsOf(PathBuf);
+
+impl Drop for NatsOf {
+    fn drop(&mut self) {
+        Server::stop_leftover(&self.0);
+    }
 }
 
 /// Processes with a folder in their command line or environment.

@@ -216,7 +216,6 @@ async fn a_prefill_worker_is_killed_while_it_computes() {
 }
 
 /// A prefill worker that stopped goes on when another is just as far: the next piece is no longer its to give.
-#[ignore = "the lifecycle does not yet keep prefill workers of one attempt apart"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_prefill_worker_is_stopped_and_goes_on() {
     let (mut deployment, gateway, undisturbed) = simulating().await;
