@@ -56,8 +56,9 @@ pub(crate) struct EngineArgs {
     #[arg(long, env = "FOREBAY_THREADS", value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Let idle compute threads spin for a moment: faster steps, but no good for several workers on the same cores.
-    #[arg(long, env = "FOREBAY_SPIN", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
-    pub(crate) spin: bool,
+    /// Default: true, but false where `up` runs several workers.
+    #[arg(long, env = "FOREBAY_SPIN", value_name = "BOOL")]
+    pub(crate) spin: Option<bool>,
     /// libonnxruntime.so, 1.31 or newer, where it is not found by itself.
     #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
     pub(crate) onnxruntime: Option<PathBuf>,
@@ -117,7 +118,7 @@ impl EngineArgs {
             precision: self.precision(&model.folder)?,
             slots,
             positions: positions.min(longest + 1),
-            spin: self.spin,
+            spin: self.spin.unwrap_or(true),
             library: self.onnxruntime.clone(),
             threads: self.threads.unwrap_or(OnnxOptions::default().threads),
         };

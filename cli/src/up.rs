@@ -190,13 +190,10 @@ async fn serve(
     outcome
 }
 
-/// Workers that share cores each get their part, and don't spin: a spinning thread would take the other's time.
-fn compute_share(args: &UpArgs) -> Vec<(String, String)> {
-    let workers = args.prefill + args.decode;
-    if workers <= 1 || args.model.engine.threads.is_some() {
-        return Vec::new();
-    }
-    vec![("FOREBAY_SPIN".into(), "false".into())]
+/// Workers that share cores don't spin: a spinning thread would take the other's time.
+fn compute_share(args: &UpArgs) -> Option<(String, String)> {
+    let shared = args.prefill + args.decode > 1;
+    (shared && args.model.engine.spin.is_none()).then(|| ("FOREBAY_SPIN".into(), "false".into()))
 }
 
 /// Waits until all serve, says so, and asks the first question.

@@ -91,6 +91,8 @@ impl Server {
              server_name: forebay\n\
              log_file: {log:?}\n\
              pid_file: {pid:?}\n\
+             ping_interval: \"5s\"\n\
+             ping_max: 2\n\
              jetstream {{ store_dir: {store:?} }}\n",
             log = folder.join("nats.log"),
             pid = folder.join("nats.pid"),

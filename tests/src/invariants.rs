@@ -1,4 +1,4 @@
-//! The promises of DESIGN.md that can be read off a log, each under its name. They are checked here from the events
+//! The promises of ARCHITECTURE.md that can be read off a log, each under its name. They are checked here from the events
 //! alone, beside the state machine that all processes share: a fault in that must not hide itself.
 
 use crate::Answer;

@@ -84,7 +84,7 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) ->
         outcome = attempt.run(delivery) => outcome,
         cause = unwanted.raised() => cancel(worker, log, cause).await,
     };
-    worker.leave(log.request);
+    worker.leave(log.request, &unwanted);
     worker.runner.remove(slot.index()).await;
     worker.runner.park(slot.index(), 0).await;
     while Arc::strong_count(&slot) > 1 {

@@ -233,8 +233,12 @@ impl Worker {
     }
 
     /// Notes that it no longer does.
-    pub(crate) fn leave(&self, request: RequestId) {
-        self.running.lock().expect("no panics while held").remove(&request);
+    pub(crate) fn leave(&self, request: RequestId, flag: &CancelFlag) {
+        let mut running = self.running.lock().expect("no panics while held");
+        // A newer attempt at the same request, in another slot, has its own.
+        if running.get(&request).is_some_and(|current| Arc::ptr_eq(&current.cause, &flag.cause)) {
+            running.remove(&request);
+        }
     }
 
     async fn hear_cancels(self: Arc<Self>) {
