@@ -77,7 +77,8 @@ impl NatsArgs {
 
 /// Logs to standard error, at the level of `FOREBAY_LOG` (`info` unless told otherwise).
 pub(crate) fn init_logging(default: &str) {
-    let filter = EnvFilter::try_from_env("FOREBAY_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let filter = EnvFilter::try_from_env("FOREBAY_LOG")
+        .unwrap_or_else(|_| EnvFilter::new(format!("{default},async_nats=warn")));
     let plain =
         std::env::var_os("NO_COLOR").is_some() || !std::io::IsTerminal::is_terminal(&std::io::stderr());
     let format =
@@ -94,6 +95,25 @@ pub(crate) fn runtime(threads: usize) -> anyhow::Result<tokio::runtime::Runtime>
         .enable_all()
         .build()
         .context("starting the async runtime")
+}
+
+/// The folder for what outlives a process.
+pub(crate) fn data_folder(given: Option<PathBuf>) -> PathBuf {
+    let home =
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/tmp".into())).join(".local/share");
+    given
+        .unwrap_or_else(|| std::env::var_os("XDG_DATA_HOME").map_or_else(home, PathBuf::from).join("forebay"))
+}
+
+/// A child of `forebay up` must not outlive it, however it ends.
+pub(crate) fn end_with_parent() {
+    let Some(parent) = std::env::var("FOREBAY_PARENT").ok().and_then(|pid| pid.parse::<i32>().ok()) else {
+        return;
+    };
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
+    if rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get()) != Some(parent) {
+        std::process::exit(0);
+    }
 }
 
 /// Resolves at Ctrl-C or SIGTERM.

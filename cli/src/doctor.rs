@@ -1,9 +1,8 @@
 //! `forebay doctor`: what this machine has, and what to do about what it lacks.
 
 use crate::{
-    config::{NatsArgs, init_logging, runtime},
+    config::{NatsArgs, data_folder, init_logging, runtime},
     model::ModelArgs,
-    up::data_folder,
 };
 use clap::Args;
 use forebay_kernels::Region;

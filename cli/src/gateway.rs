@@ -1,6 +1,6 @@
 //! `forebay gateway`.
 
-use crate::config::{NatsArgs, init_logging, runtime, told_to_stop};
+use crate::config::{NatsArgs, end_with_parent, init_logging, runtime, told_to_stop};
 use anyhow::Context;
 use clap::Args;
 use forebay_api::{Gateway, GatewayConfig};
@@ -48,7 +48,7 @@ pub(crate) fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListene
 
 pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
     init_logging("info");
-    crate::up::end_with_parent();
+    end_with_parent();
     let listener = listen(args.http.listen)?;
     runtime(args.threads)?.block_on(async move {
         let config = GatewayConfig {

@@ -10,7 +10,7 @@ use forebay_workers::engine::{
 };
 use std::path::{Path, PathBuf};
 
-/// Parameters above which `--weights auto` quantizes to int4: smaller models lose too much by it.
+/// Bytes of weights from which `--weights auto` quantizes to int4: to smaller models it brings rounding and little else.
 const INT4_FROM_BYTES: u64 = 200 << 20;
 
 /// Files of a Hugging Face repository that are needed, where it has them.

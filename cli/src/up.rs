@@ -2,7 +2,7 @@
 
 use crate::{
     ask,
-    config::{LimitArgs, init_logging, runtime, told_to_stop},
+    config::{LimitArgs, data_folder, init_logging, runtime, told_to_stop},
     gateway::{HttpArgs, listen},
     model::ModelArgs,
     worker::WorkArgs,
@@ -69,25 +69,6 @@ pub(crate) struct UpArgs {
     /// Seconds that running requests get to finish at Ctrl-C.
     #[arg(long, env = "FOREBAY_GRACE_S", default_value_t = 10, value_name = "SECONDS")]
     grace_s: u64,
-}
-
-/// The folder for what outlives a process.
-pub(crate) fn data_folder(given: Option<PathBuf>) -> PathBuf {
-    let home =
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/tmp".into())).join(".local/share");
-    given
-        .unwrap_or_else(|| std::env::var_os("XDG_DATA_HOME").map_or_else(home, PathBuf::from).join("forebay"))
-}
-
-/// A child of `forebay up` must not outlive it, however it ends.
-pub(crate) fn end_with_parent() {
-    let Some(parent) = std::env::var("FOREBAY_PARENT").ok().and_then(|pid| pid.parse::<i32>().ok()) else {
-        return;
-    };
-    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
-    if rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get()) != Some(parent) {
-        std::process::exit(0);
-    }
 }
 
 /// `settings` are the flags of this command as environment variables: how children get them.

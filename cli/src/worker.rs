@@ -1,9 +1,8 @@
 //! `forebay worker`.
 
 use crate::{
-    config::{NatsArgs, init_logging, runtime, told_to_stop},
+    config::{NatsArgs, data_folder, end_with_parent, init_logging, runtime, told_to_stop},
     model::ModelArgs,
-    up::data_folder,
 };
 use anyhow::Context;
 use clap::Args;
@@ -59,7 +58,7 @@ pub(crate) struct WorkerArgs {
 
 pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     init_logging("info");
-    crate::up::end_with_parent();
+    end_with_parent();
     let role = if args.role == "prefill" { Role::Prefill } else { Role::Decode };
     let model = args.model.find(&data_folder(args.data))?;
     let text = ModelText::open(&model.folder)?;

@@ -153,18 +153,6 @@ impl Region {
         // SAFETY: `into` is valid for the length, and `from` is a distinct Rust allocation.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
     }
-
-    /// Gives the pages wholly inside the range back to the system; they read as zeroes afterwards.
-    pub fn decommit(&self, offset: usize, bytes: usize) {
-        self.at(offset, bytes, true);
-        let page = rustix::param::page_size();
-        let (start, end) = (offset.next_multiple_of(page), (offset + bytes) / page * page);
-        if start < end {
-            let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-            // Memory that the kernel will not take back is only memory still in use.
-            let _ = rustix::fs::fallocate(&self.fd, punch, start as u64, (end - start) as u64);
-        }
-    }
 }
 
 impl Drop for Region {
@@ -187,9 +175,6 @@ mod tests {
         let mut seen = [0; 13];
         peer.read(4090, &mut seen);
         assert_eq!(&seen, b"across a page");
-        owner.decommit(0, 3 * 4096);
-        peer.read(4090, &mut seen);
-        assert_eq!(seen, [0; 13]);
     }
 
     #[test]

@@ -267,6 +267,11 @@ impl Lifecycle {
         Ok(Some(state))
     }
 
+    /// Prompt and generated tokens so far: what a worker must have KV of before it can draw the next, but for the last.
+    pub fn sequence(&self) -> Vec<u32> {
+        [&self.accepted.prompt[..], &self.tokens[..]].concat()
+    }
+
     /// Tokens counted so far.
     pub fn usage(&self) -> Usage {
         Usage {

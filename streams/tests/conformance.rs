@@ -452,6 +452,30 @@ mod server_faults {
     }
 
     #[tokio::test]
+    async fn a_server_without_jetstream_is_said_with_what_to_do() {
+        let program = forebay_streams::server::find_tool("FOREBAY_NATS_SERVER", "nats-server").unwrap();
+        let port = forebay_streams::server::free_port().unwrap();
+        let mut plain = std::process::Command::new(program)
+            .args(["-a", "127.0.0.1", "-p", &port.to_string()])
+            .spawn()
+            .unwrap();
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let options = Options {
+            url: format!("nats://127.0.0.1:{port}"),
+            name: "test".into(),
+            inbox_prefix: "_INBOX.test".into(),
+            credentials: None,
+            limits: Limits::default(),
+        };
+        let error = jetstream::connect(options).await.err().unwrap().to_string();
+        plain.kill().unwrap();
+        plain.wait().unwrap();
+        assert!(error.contains("no JetStream") && error.contains("-js"), "{error}");
+    }
+
+    #[tokio::test]
     async fn no_server_is_said_with_what_to_do() {
         let options = Options {
             url: "nats://127.0.0.1:1".into(),

@@ -203,7 +203,7 @@ impl Attempt<'_> {
             return complete(&mut writer, reason).await;
         }
         let filled = match self.prefill(&mut writer, &mut output).await? {
-            Remote::Here => tokens_of(writer.state()).len() as u32 - 1,
+            Remote::Here => writer.state().sequence().len() as u32 - 1,
             Remote::Lost => 0,
             Remote::Finished(reason) => return complete(&mut writer, reason).await,
         };
@@ -217,7 +217,7 @@ impl Attempt<'_> {
         let eos = if state.accepted.ignore_eos { Arc::default() } else { self.worker.eos.clone() };
         Sequence {
             slot: self.slot.index(),
-            tokens: tokens_of(state),
+            tokens: state.sequence(),
             filled,
             sampling: Arc::new(state.accepted.sampling.clone()),
             next_index: generated,
@@ -228,7 +228,7 @@ impl Attempt<'_> {
 
     /// Gets the KV of the prompt (and of what earlier attempts generated) from a prefill worker, if it is to.
     async fn prefill(&self, writer: &mut LogWriter, output: &mut OutputText) -> Result<Remote, RequestError> {
-        let tokens = tokens_of(writer.state()).len() as u32;
+        let tokens = writer.state().sequence().len() as u32;
         let prefill_workers = self.prefill_workers();
         let Placement::Remote { reason } =
             place(tokens, self.worker.config.max_local_prefill_length, prefill_workers)
@@ -385,11 +385,6 @@ impl Attempt<'_> {
 async fn complete(writer: &mut LogWriter, reason: FinishReason) -> Result<(), RequestError> {
     let usage = writer.state().usage();
     Ok(writer.append(Body::RequestCompleted(RequestCompleted { reason, usage })).await?)
-}
-
-/// Prompt and generated tokens of a request so far.
-pub(crate) fn tokens_of(state: &Lifecycle) -> Vec<u32> {
-    [&state.accepted.prompt[..], &state.tokens[..]].concat()
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 //! pull → claim → run chunk by chunk, sealing each → append the first token → acknowledge → wait for the reader.
 
 use crate::{
-    decode::tokens_of,
     engine::EngineError,
     kv::{Sealed, Slot, sums},
     output::OutputText,
@@ -106,7 +105,7 @@ async fn prefill(
     let first_index = state.tokens.len() as u32;
     let sequence = Sequence {
         slot: slot.index(),
-        tokens: tokens_of(state),
+        tokens: state.sequence(),
         filled: 0,
         sampling: Arc::new(state.accepted.sampling.clone()),
         next_index: first_index,

@@ -1,6 +1,6 @@
 //! The engine alone: load, memory, prefill, decode.
 
-use crate::up::data_folder;
+use crate::config::data_folder;
 use anyhow::Context;
 use clap::Args;
 use forebay_workers::engine::{
