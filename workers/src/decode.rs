@@ -5,7 +5,7 @@
 
 use crate::{
     engine::EngineError,
-    kv::{ReadError, Slot, read_kv},
+    kv::{ReadError, Slot, Transport, read_kv},
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
@@ -97,8 +97,9 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) ->
     }
 }
 
-async fn cancel(worker: &Worker, log: &LogRef, cause: String) -> Result<(), RequestError> {
+async fn cancel(worker: &Arc<Worker>, log: &LogRef, cause: String) -> Result<(), RequestError> {
     let mut writer = LogWriter::open(worker.streams.log.clone(), log.clone()).await?;
+    release(worker, writer.state());
     if !writer.state().phase.is_terminal() {
         writer.append(Body::RequestCancelled(RequestCancelled { cause })).await?;
     }
@@ -106,9 +107,17 @@ async fn cancel(worker: &Worker, log: &LogRef, cause: String) -> Result<(), Requ
 }
 
 /// What becomes of a task whose request did not end well.
-async fn failed(worker: &Worker, delivery: &Delivery, log: &LogRef, error: &RequestError) -> Option<Verdict> {
-    let state = match LogWriter::open(worker.streams.log.clone(), log.clone()).await {
-        Ok(writer) if writer.state().phase.is_terminal() => return Some(Verdict::Ack),
+async fn failed(
+    worker: &Arc<Worker>,
+    delivery: &Delivery,
+    log: &LogRef,
+    error: &RequestError,
+) -> Option<Verdict> {
+    let mut writer = match LogWriter::open(worker.streams.log.clone(), log.clone()).await {
+        Ok(writer) if writer.state().phase.is_terminal() => {
+            release(worker, writer.state());
+            return Some(Verdict::Ack);
+        }
         Ok(writer) => writer,
         Err(WriteError::Corrupt { problem, .. }) => {
             tracing::error!(%log, problem, "a log is not readable; its task is dropped");
@@ -122,7 +131,7 @@ async fn failed(worker: &Worker, delivery: &Delivery, log: &LogRef, error: &Requ
         error,
         RequestError::Write(WriteError::Overtaken { .. }) | RequestError::ClaimedElsewhere(_)
     );
-    if overtaken || state.state().worker.as_ref().is_some_and(|owner| *owner != worker.id) {
+    if overtaken || writer.state().worker.as_ref().is_some_and(|owner| *owner != worker.id) {
         tracing::info!(%log, %error, "a newer attempt goes on with the request");
         return None;
     }
@@ -138,7 +147,6 @@ async fn failed(worker: &Worker, delivery: &Delivery, log: &LogRef, error: &Requ
         }
     };
     tracing::warn!(%log, %error, "the request failed");
-    let mut writer = state;
     let body = Body::RequestFailed(RequestFailed { code, message: error.to_string() });
     writer.append(body).await.map_or(Some(Verdict::Nak), |()| Some(Verdict::Ack))
 }
@@ -254,7 +262,7 @@ impl Attempt<'_> {
         output.push(token);
         output.release();
         if let Some(reason) = output.finish() {
-            self.release(&writer.state().kv);
+            release(self.worker, writer.state());
             return Ok(Remote::Finished(reason));
         }
         match self.read(writer.state(), tokens).await {
@@ -309,41 +317,26 @@ impl Attempt<'_> {
 
     /// Reads the sealed KV of all tokens into the slot.
     async fn read(&self, state: &Lifecycle, tokens: u32) -> Result<KvTransferred, ReadError> {
-        let first = state
-            .kv
-            .first()
-            .ok_or_else(|| ReadError::BadHandle("no KvReady before PrefillCompleted".into()))?;
         if state.kv.last().map(|handle| handle.tokens.end()) != Some(tokens) {
             return Err(ReadError::BadHandle(format!("the handles do not cover the {tokens} tokens")));
         }
-        let lease = self.worker.workers.borrow().get(&first.agent).cloned();
-        let transport = self.worker.peers.transport(first, lease.as_deref())?;
-        let name = transport.name();
         // Decode steps meanwhile write one position of this slot: not one that is being filled.
         self.worker.runner.park(self.slot.index(), tokens).await;
-        let (runner, slot, handles) = (self.worker.runner.clone(), self.slot.clone(), state.kv.clone());
+        let (worker, slot, handles) = (self.worker.clone(), self.slot.clone(), state.kv.clone());
         // The copy can't be interrupted: it holds the slot until it is done, whatever becomes of the request.
-        let read = move || read_kv(&*transport, &handles, runner.kv(), &runner.card().layout, slot.index());
-        let report = tokio::task::spawn_blocking(read)
-            .await
-            .map_err(|panic| ReadError::BadHandle(format!("the read failed: {panic}")))??;
-        Ok(KvTransferred {
-            bytes: report.bytes,
-            tokens: report.tokens,
-            read_us: report.micros,
-            transport: name.to_owned(),
-        })
-    }
-
-    /// Gives back KV that is not needed. Best effort: the lease ends by itself.
-    fn release(&self, handles: &[KvHandle]) {
-        let Some(first) = handles.first() else { return };
-        let lease = self.worker.workers.borrow().get(&first.agent).cloned();
-        if let Ok(transport) = self.worker.peers.transport(first, lease.as_deref())
-            && transport.claim(first).is_ok()
-        {
-            transport.release(first);
-        }
+        let read = move || {
+            let transport = transport(&worker, &handles[0])?;
+            let layout = &worker.runner.card().layout;
+            let report = read_kv(&*transport, &handles, worker.runner.kv(), layout, slot.index())?;
+            Ok(KvTransferred {
+                bytes: report.bytes,
+                tokens: report.tokens,
+                read_us: report.micros,
+                transport: transport.name().to_owned(),
+            })
+        };
+        let panicked = |panic| Err(ReadError::BadHandle(format!("the read failed: {panic}")));
+        tokio::task::spawn_blocking(read).await.unwrap_or_else(panicked)
     }
 
     /// Appends tokens as they come. One append is outstanding at a time; tokens made meanwhile share the next.
@@ -380,6 +373,25 @@ impl Attempt<'_> {
             }
         }
     }
+}
+
+/// Gives back sealed KV that nobody will read (any more). Best effort, and not waited for: the lease ends by itself.
+fn release(worker: &Arc<Worker>, state: &Lifecycle) {
+    let Some(first) = state.kv.first().cloned() else { return };
+    let worker = worker.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Ok(transport) = transport(&worker, &first)
+            && transport.claim(&first).is_ok()
+        {
+            transport.release(&first);
+        }
+    });
+}
+
+/// The way to the worker that holds a handle's bytes. Blocks, for a moment, the first time.
+fn transport(worker: &Worker, handle: &KvHandle) -> Result<Arc<dyn Transport>, ReadError> {
+    let lease = worker.workers.borrow().get(&handle.agent).cloned();
+    worker.peers.transport(handle, lease.as_deref())
 }
 
 async fn complete(writer: &mut LogWriter, reason: FinishReason) -> Result<(), RequestError> {
