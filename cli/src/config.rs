@@ -31,8 +31,8 @@ pub(crate) struct LimitArgs {
     /// Hours that logs are kept.
     #[arg(long, env = "FOREBAY_LOG_HOURS", default_value_t = 24, value_name = "HOURS")]
     log_hours: u64,
-    /// GiB that all logs together may take; the oldest go first.
-    #[arg(long, env = "FOREBAY_LOG_GIB", default_value_t = 16, value_name = "GIB")]
+    /// GiB that all logs together may take; the oldest go first. NATS sets this much of its disk aside.
+    #[arg(long, env = "FOREBAY_LOG_GIB", default_value_t = 4, value_name = "GIB")]
     log_gib: u64,
     /// Tasks that wait in one role's queues; more are refused with 429.
     #[arg(long, env = "FOREBAY_QUEUE_MAX", default_value_t = 65_536, value_name = "TASKS")]

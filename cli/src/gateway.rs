@@ -59,11 +59,9 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
             ..GatewayConfig::default()
         };
         let streams = args.nats.connect("gateway", config.gateway.as_str()).await?;
-        let name = config.gateway.clone();
         let gateway = Gateway::start(streams, config).await?;
         listener.set_nonblocking(true)?;
         let listener = TcpListener::from_std(listener)?;
-        tracing::info!(gateway = %name, "listening on http://{}", listener.local_addr()?);
         gateway.serve(listener, told_to_stop()).await.context("serving HTTP")
     })
 }

@@ -1,7 +1,10 @@
 //! Which model: a folder, a Hugging Face id, or the built-in one.
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{
+    Args,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
 use forebay_workers::engine::{
     Engine,
     graph::Precision,
@@ -47,7 +50,7 @@ pub(crate) struct EngineArgs {
     #[arg(long, env = "FOREBAY_WEIGHTS", default_value = "auto", value_parser = ["auto", "int4", "int8", "fp32"], value_name = "TYPE")]
     pub(crate) weights: String,
     /// Elements that share one scale in int4 and int8: 32 is more accurate, 128 faster.
-    #[arg(long, env = "FOREBAY_BLOCK", default_value_t = 32, value_name = "N")]
+    #[arg(long, env = "FOREBAY_BLOCK", default_value = "32", value_parser = block_size(), value_name = "N")]
     pub(crate) block: usize,
     /// Longest context in tokens; longer ones of the model are cut to this.
     #[arg(long, env = "FOREBAY_CONTEXT", default_value_t = 4096, value_name = "TOKENS")]
@@ -68,6 +71,12 @@ pub(crate) struct EngineArgs {
     /// Simulated microseconds that each prompt token takes to prefill (`--engine sim`).
     #[arg(long, env = "FOREBAY_SIM_PREFILL_TOKEN_US", default_value_t = 0.0, value_name = "US")]
     pub(crate) sim_prefill_token_us: f64,
+}
+
+/// Block sizes that ONNX Runtime has kernels for.
+fn block_size() -> impl TypedValueParser<Value = usize> {
+    PossibleValuesParser::new(["16", "32", "64", "128", "256"])
+        .map(|size| size.parse().expect("one of the above"))
 }
 
 /// A model found: where its files are, and what clients call it.

@@ -41,7 +41,7 @@ impl Default for Limits {
         Limits {
             replicas: 1,
             log_age: Duration::from_secs(24 * 3600),
-            log_bytes: 16 << 30,
+            log_bytes: 4 << 30,
             queue_max: 65_536,
             ack_wait: Duration::from_secs(30),
             max_deliver: 5,
@@ -141,10 +141,14 @@ fn work_queue(role: Role, limits: &Limits) -> Config {
 
 async fn ensure_stream(context: &Context, wanted: Config) -> Result<(), StreamError> {
     let name = wanted.name.clone();
-    let stream = context
-        .get_or_create_stream(wanted.clone())
-        .await
-        .map_err(failed(format!("making stream {name}")))?;
+    let stream =
+        context.get_or_create_stream(wanted.clone()).await.map_err(|error| match error.to_string() {
+            cause if cause.contains("insufficient storage") => {
+                let hint = "less space than --log-gib asks for: lower it, or give the server more";
+                StreamError::new(format!("making stream {name}"), format!("{cause} ({hint})"))
+            }
+            cause => StreamError::new(format!("making stream {name}"), cause),
+        })?;
     let found = &stream.cached_info().config;
     let mismatch = [
         ("subjects", found.subjects != wanted.subjects),
