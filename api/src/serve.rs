@@ -32,7 +32,7 @@ impl Gateway {
         shutdown: impl Future<Output = ()> + Send,
     ) -> io::Result<()> {
         let address = listener.local_addr()?;
-        tracing::info!(%address, gateway = %self.shared.config.gateway, "serving");
+        tracing::info!(gateway = %self.shared.config.gateway, "listening on http://{address}");
         let connections = GracefulShutdown::new();
         tokio::select! {
             () = self.accept(listener, &connections) => {}
