@@ -3,7 +3,7 @@
 
 use axum::{
     Json,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use forebay_schemas::{
@@ -14,6 +14,9 @@ use forebay_streams::{StreamError, log::AppendError, tasks::EnqueueError};
 
 /// Seconds that a client is asked to wait before it tries again.
 const RETRY_AFTER_S: u32 = 1;
+
+/// What OpenAI's clients go by, before the status.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// Which error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +136,9 @@ impl IntoResponse for ApiError {
         let mut response = (self.status(), Json(self.envelope())).into_response();
         if self.code.row().3 == Retry::After {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        } else {
+            // OpenAI's clients repeat 408 and every 5xx, unless they are told not to.
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response
     }
@@ -210,6 +216,7 @@ mod tests {
             let response = ApiError::new(code, "no").into_response();
             assert_eq!(response.status().as_u16(), status);
             assert_eq!(response.headers().contains_key(header::RETRY_AFTER), retry);
+            assert_eq!(response.headers().contains_key(SHOULD_RETRY), !retry);
         }
     }
 

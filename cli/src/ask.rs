@@ -10,9 +10,14 @@ use std::{
 /// Where other commands look for NATS by themselves.
 const DEFAULT_NATS: &str = "nats://127.0.0.1:4222";
 
+/// Never through a proxy: the gateway is on this machine.
+fn client() -> reqwest::Client {
+    reqwest::Client::builder().no_proxy().build().expect("plain settings")
+}
+
 /// Waits until the gateway says that it is ready.
 pub(crate) async fn wait_ready(address: SocketAddr) -> anyhow::Result<()> {
-    let client = reqwest::Client::new();
+    let client = client();
     loop {
         let answer =
             client.get(format!("http://{address}/ready")).timeout(Duration::from_secs(2)).send().await;
@@ -34,7 +39,7 @@ pub(crate) async fn ask(address: SocketAddr, nats: &str, model: &str, question: 
     });
     println!("\n> {question}");
     let begun = Instant::now();
-    let request = reqwest::Client::new()
+    let request = client()
         .post(format!("http://{address}/v1/chat/completions"))
         .header("content-type", "application/json")
         .body(body.to_string());

@@ -7,19 +7,27 @@ use forebay_streams::{
     jetstream::{self, Limits, Options},
 };
 use std::{path::PathBuf, time::Duration};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// Where NATS is.
+/// Where NATS is, and what is Forebay's there.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct NatsArgs {
     /// NATS server; several of a cluster are separated by commas.
     #[arg(long, env = "FOREBAY_NATS", default_value = "nats://127.0.0.1:4222", value_name = "URL")]
     pub(crate) nats: String,
-    /// Credentials for it.
-    #[arg(long, env = "FOREBAY_NATS_CREDENTIALS", value_name = "FILE")]
-    pub(crate) nats_credentials: Option<PathBuf>,
     #[command(flatten)]
-    pub(crate) limits: LimitArgs,
+    account: AccountArgs,
+}
+
+/// What is Forebay's on a NATS server.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct AccountArgs {
+    /// Credentials for the NATS server.
+    #[arg(long, env = "FOREBAY_NATS_CREDENTIALS", value_name = "FILE")]
+    nats_credentials: Option<PathBuf>,
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 /// Bounds and times of the streams, for where they are made.
@@ -45,27 +53,27 @@ pub(crate) struct LimitArgs {
     lease_s: u64,
 }
 
-impl LimitArgs {
-    /// How long a worker's lease lasts.
-    pub(crate) fn lease_time(&self) -> Duration {
-        Duration::from_secs(self.lease_s)
-    }
-}
-
 impl NatsArgs {
     /// Connects as a role, and makes what is missing of the streams.
     pub(crate) async fn connect(&self, role: &str, name: &str) -> anyhow::Result<Streams> {
+        self.account.connect(&self.nats, role, name).await
+    }
+}
+
+impl AccountArgs {
+    /// Connects to a server as a role, and makes what is missing of the streams.
+    pub(crate) async fn connect(&self, url: &str, role: &str, name: &str) -> anyhow::Result<Streams> {
         let limits = Limits {
             replicas: self.limits.replicas,
             log_age: Duration::from_secs(self.limits.log_hours * 3600),
             log_bytes: self.limits.log_gib << 30,
             queue_max: self.limits.queue_max,
             ack_wait: Duration::from_secs(self.limits.ack_wait_s),
-            lease_time: self.limits.lease_time(),
+            lease_time: Duration::from_secs(self.limits.lease_s),
             ..Limits::default()
         };
         let options = Options {
-            url: self.nats.clone(),
+            url: url.to_owned(),
             name: format!("forebay {name}"),
             inbox_prefix: format!("_INBOX_fb_{role}"),
             credentials: self.nats_credentials.clone(),
@@ -75,7 +83,7 @@ impl NatsArgs {
     }
 }
 
-/// Logs to standard error, at the level of `FOREBAY_LOG` (`info` unless told otherwise).
+/// Logs to standard error, at the level of `FOREBAY_LOG`, or else at `default`.
 pub(crate) fn init_logging(default: &str) {
     let filter = EnvFilter::try_from_env("FOREBAY_LOG")
         .unwrap_or_else(|_| EnvFilter::new(format!("{default},async_nats=warn")));
@@ -116,13 +124,17 @@ pub(crate) fn end_with_parent() {
     }
 }
 
-/// Resolves at Ctrl-C or SIGTERM.
-pub(crate) async fn told_to_stop() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).expect("signals can be handled");
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
+/// Resolves at Ctrl-C, SIGTERM or the end of the terminal. From this call on, none of them ends the process by itself.
+pub(crate) fn told_to_stop() -> impl Future<Output = ()> {
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let mut signals = kinds.map(|kind| signal(kind).expect("signals can be handled"));
+    async move {
+        let [interrupt, terminate, hangup] = &mut signals;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
     }
 }
 

@@ -55,13 +55,14 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
 fn processor() -> Finding {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let is_list = |line: &&str| line.starts_with("flags") || line.starts_with("Features");
+    let flags = info.lines().find(is_list).unwrap_or_default();
     let has = |flag: &str| flags.split_whitespace().any(|found| found == flag);
-    let int8 = ["avx512_vnni", "avx_vnni", "avx2"].into_iter().find(|flag| has(flag));
+    let int8 = ["avx512_vnni", "avx_vnni", "avx2", "i8mm", "asimddp"].into_iter().find(|flag| has(flag));
     match int8 {
         Some("avx2") => Ok(format!("{cores} cores, avx2 (int4 is faster with VNNI)")),
         Some(flag) => Ok(format!("{cores} cores, {flag}")),
-        None => Ok(format!("{cores} cores, none of AVX-512 VNNI, AVX VNNI and AVX2: int4 will be slow")),
+        None => Ok(format!("{cores} cores, without instructions for 8-bit products: int4 will be slow")),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     ask,
-    config::{LimitArgs, data_folder, init_logging, runtime, told_to_stop},
+    config::{AccountArgs, data_folder, init_logging, runtime, told_to_stop},
     gateway::{HttpArgs, listen},
     model::ModelArgs,
     worker::WorkArgs,
@@ -10,21 +10,31 @@ use crate::{
 use anyhow::{Context, bail};
 use clap::Args;
 use forebay_schemas::task::Role;
-use forebay_streams::{
-    Streams,
-    jetstream::{self, Options},
-    server::Server,
-};
+use forebay_streams::{Streams, server::Server};
 use std::{
     fs::File,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::Stdio,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 use tokio::process::{Child, Command};
 
-/// A process that ends this often in a row within [`QUICK_END`] of its start is not started again.
+/// Before everything was ready once, a process that ends this often within [`QUICK_END`] of its start is given up.
 const QUICK_ENDS_MAX: u32 = 3;
+
+/// The longest pause before a process that keeps ending is started again.
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// Sequences that a prefill worker holds.
+const PREFILL_SLOTS: u32 = 4;
+
+/// How often the NATS server is looked at.
+const NATS_CHECK: Duration = Duration::from_secs(1);
+
+/// The shortest pause before a process is started again.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
 
 /// See [`QUICK_ENDS_MAX`].
 const QUICK_END: Duration = Duration::from_secs(20);
@@ -59,7 +69,7 @@ pub(crate) struct UpArgs {
     #[arg(long, env = "FOREBAY_NATS_SERVER", value_name = "FILE")]
     nats_server: Option<PathBuf>,
     #[command(flatten)]
-    limits: LimitArgs,
+    account: AccountArgs,
     /// Folder for streams, logs and unpacked models. Default: $XDG_DATA_HOME/forebay or ~/.local/share/forebay.
     #[arg(long, env = "FOREBAY_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
@@ -72,25 +82,42 @@ pub(crate) struct UpArgs {
 }
 
 /// `settings` are the flags of this command as environment variables: how children get them.
-pub(crate) fn run(args: &UpArgs, settings: Vec<(String, String)>) -> anyhow::Result<()> {
+pub(crate) fn run(args: &UpArgs, mut settings: Vec<(String, String)>) -> anyhow::Result<()> {
     init_logging("warn");
-    drop(listen(args.http.listen)?);
+    let address = listen(args.http.listen)?.local_addr()?;
     let data = data_folder(args.data.clone());
     std::fs::create_dir_all(data.join("logs")).with_context(|| format!("making {}", data.display()))?;
     let _lock = lock(&data)?;
     let model = args.model.find(&data)?;
     say("model", &format!("{} ({})", model.name, model.folder.display()));
+    let runtime = runtime(2)?;
+    let _context = runtime.enter();
+    let stop = told_to_stop();
     let mut server = match &args.nats {
         Some(_) => None,
         None => Some(start_nats(args, &data)?),
     };
     let url = args.nats.clone().or_else(|| server.as_ref().map(Server::url)).expect("one of them");
     say("nats", &format!("{url}{}", if server.is_some() { " (started here)" } else { "" }));
-    let outcome = runtime(2)?.block_on(serve(args, settings, &data, &url, &model.name));
+    settings.push(("FOREBAY_NATS".into(), url.clone()));
+    settings.push(("FOREBAY_LISTEN".into(), address.to_string()));
+    settings.push(("FOREBAY_DATA".into(), data.display().to_string()));
+    settings.push(("FOREBAY_PARENT".into(), std::process::id().to_string()));
+    settings.extend(compute_share(args));
+    let place = Place { address, data, url, model: model.name };
+    let outcome = runtime.block_on(serve(args, &settings, &place, &mut server, stop));
     if let Some(server) = &mut server {
         server.stop();
     }
     outcome
+}
+
+/// What was found or chosen at the start.
+struct Place {
+    address: SocketAddr,
+    data: PathBuf,
+    url: String,
+    model: String,
 }
 
 fn start_nats(args: &UpArgs, data: &Path) -> anyhow::Result<Server> {
@@ -122,53 +149,54 @@ fn lock(data: &Path) -> anyhow::Result<File> {
 
 async fn serve(
     args: &UpArgs,
-    mut settings: Vec<(String, String)>,
-    data: &Path,
-    url: &str,
-    model: &str,
+    settings: &[(String, String)],
+    place: &Place,
+    server: &mut Option<Server>,
+    stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    settings.push(("FOREBAY_NATS".into(), url.into()));
-    settings.push(("FOREBAY_PARENT".into(), std::process::id().to_string()));
-    settings.push(("FOREBAY_DATA".into(), data.display().to_string()));
-    settings.extend(compute_share(args));
     let mut processes = Vec::new();
-    for number in 0..args.decode {
-        processes.push(Process::new(
-            format!("decode-{number}"),
-            &["worker", "--role", "decode"],
-            &settings,
-            data,
-        ));
-    }
-    let prefill: Vec<_> = settings.iter().filter(|(name, _)| name != "FOREBAY_SLOTS").cloned().collect();
-    for number in 0..args.prefill {
-        processes.push(Process::new(
-            format!("prefill-{number}"),
-            &["worker", "--role", "prefill"],
-            &prefill,
-            data,
-        ));
-    }
-    processes.push(Process::new("gateway".into(), &["gateway"], &settings, data));
-    let stop = told_to_stop();
-    tokio::pin!(stop);
-    let outcome = tokio::select! {
-        () = &mut stop => Ok(()),
-        outcome = supervise(&mut processes) => outcome,
-        outcome = greet(args, url, model, data) => match outcome {
-            Err(error) => Err(error),
-            Ok(()) => tokio::select! {
-                () = &mut stop => Ok(()),
-                outcome = supervise(&mut processes) => outcome,
-            },
-        },
+    let mut add = |name: String, arguments: &[&str], settings: &[(String, String)]| {
+        processes.push(Process::new(name, arguments, settings, &place.data));
     };
+    for number in 0..args.decode {
+        add(format!("decode-{number}"), &["worker", "--role", "decode"], settings);
+    }
+    let prefill = [settings, &[("FOREBAY_SLOTS".into(), PREFILL_SLOTS.to_string())]].concat();
+    for number in 0..args.prefill {
+        add(format!("prefill-{number}"), &["worker", "--role", "prefill"], &prefill);
+    }
+    add("gateway".into(), &["gateway"], settings);
+    let ready = AtomicBool::new(false);
+    let greeting = async {
+        greet(args, place).await?;
+        ready.store(true, Ordering::Relaxed);
+        std::future::pending::<anyhow::Result<()>>().await
+    };
+    let outcome = tokio::select! {
+        () = stop => Ok(()),
+        outcome = supervise(&mut processes, &ready) => outcome,
+        outcome = supervise_nats(server) => outcome,
+        outcome = greeting => outcome,
+    };
+    let again = told_to_stop();
     eprintln!("\nstopping (up to {} s for running requests; Ctrl-C again ends it now)", args.grace_s);
     tokio::select! {
         () = end(&mut processes, Duration::from_secs(args.grace_s)) => {}
-        () = told_to_stop() => {}
+        () = again => {}
     }
     outcome
+}
+
+/// Starts the NATS server again when it ends. Ends only with an error.
+async fn supervise_nats(server: &mut Option<Server>) -> anyhow::Result<()> {
+    let Some(server) = server else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(NATS_CHECK).await;
+        if !server.is_running() {
+            eprintln!("nats-server ended; starting it again on its files");
+            tokio::task::block_in_place(|| server.restart())?;
+        }
+    }
 }
 
 /// Workers that share cores don't spin: a spinning thread would take the other's time.
@@ -178,17 +206,10 @@ fn compute_share(args: &UpArgs) -> Option<(String, String)> {
 }
 
 /// Waits until all serve, says so, and asks the first question.
-async fn greet(args: &UpArgs, url: &str, model: &str, data: &Path) -> anyhow::Result<()> {
+async fn greet(args: &UpArgs, place: &Place) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let options = Options {
-        url: url.to_owned(),
-        name: "forebay up".into(),
-        inbox_prefix: "_INBOX_fb_up".into(),
-        credentials: None,
-        limits: jetstream::Limits { lease_time: args.limits.lease_time(), ..jetstream::Limits::default() },
-    };
-    let streams = jetstream::connect(options).await?;
-    let address = args.http.listen;
+    let streams = args.account.connect(&place.url, "up", "up").await?;
+    let (address, data) = (place.address, &place.data);
     tokio::time::timeout(READY_TIMEOUT, async {
         workers_ready(&streams, args, begun).await?;
         ask::wait_ready(address).await
@@ -204,7 +225,7 @@ async fn greet(args: &UpArgs, url: &str, model: &str, data: &Path) -> anyhow::Re
         ),
     );
     if let Some(question) = &args.ask {
-        ask::ask(address, url, model, question).await?;
+        ask::ask(address, &place.url, &place.model, question).await?;
     }
     println!("\nServing on http://{address}. Ctrl-C stops everything.");
     Ok(())
@@ -239,13 +260,22 @@ struct Process {
     log: PathBuf,
     child: Option<(Child, Instant)>,
     quick_ends: u32,
+    was_started: bool,
 }
 
 impl Process {
     fn new(name: String, arguments: &[&str], settings: &[(String, String)], data: &Path) -> Process {
         let log = data.join("logs").join(format!("{name}.log"));
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        Process { name, arguments, settings: settings.to_vec(), log, child: None, quick_ends: 0 }
+        Process {
+            name,
+            arguments,
+            settings: settings.to_vec(),
+            log,
+            child: None,
+            quick_ends: 0,
+            was_started: false,
+        }
     }
 
     /// Starts it if it does not run. In a process group of its own: Ctrl-C reaches `up` alone, which stops
@@ -254,7 +284,7 @@ impl Process {
         if self.child.is_some() {
             return Ok(());
         }
-        let log = File::create(&self.log).with_context(|| format!("writing {}", self.log.display()))?;
+        let log = self.open_log().with_context(|| format!("writing {}", self.log.display()))?;
         let child = Command::new(std::env::current_exe()?)
             .args(&self.arguments)
             .envs(self.settings.iter().cloned())
@@ -269,17 +299,34 @@ impl Process {
         Ok(())
     }
 
-    async fn ended(&mut self) -> anyhow::Result<()> {
+    /// Its log: emptied at its first start, and going on at later ones, so that it says why it ended before.
+    fn open_log(&mut self) -> std::io::Result<File> {
+        let first = !std::mem::replace(&mut self.was_started, true);
+        let file = File::options().create(true).append(true).open(&self.log)?;
+        if first {
+            file.set_len(0)?;
+        }
+        Ok(file)
+    }
+
+    /// Waits for its end. An error if it is to be given up: before `ready`, for what a restart does not mend.
+    async fn ended(&mut self, ready: &AtomicBool) -> anyhow::Result<()> {
         let Some((child, started)) = &mut self.child else { return Ok(()) };
         let status = child.wait().await?;
         let quick = started.elapsed() < QUICK_END;
         self.child = None;
         self.quick_ends = if quick { self.quick_ends + 1 } else { 0 };
-        if self.quick_ends >= QUICK_ENDS_MAX || (quick && status.code() == Some(1)) {
+        let hopeless = self.quick_ends >= QUICK_ENDS_MAX || (quick && status.code() == Some(1));
+        if hopeless && !ready.load(Ordering::Relaxed) {
             bail!("{} does not start ({status}):\n{}", self.name, last_lines(&self.log));
         }
-        eprintln!("{} ended ({status}); starting it again", self.name);
+        eprintln!("{} ended ({status}); starting it again; its log is {}", self.name, self.log.display());
         Ok(())
+    }
+
+    /// How long to wait before it is started again.
+    fn pause(&self) -> Duration {
+        (RESTART_PAUSE * 2_u32.pow(self.quick_ends.min(8))).min(RESTART_PAUSE_MAX)
     }
 }
 
@@ -290,14 +337,15 @@ fn last_lines(log: &Path) -> String {
 }
 
 /// Keeps all processes running. Ends only with an error.
-async fn supervise(processes: &mut [Process]) -> anyhow::Result<()> {
+async fn supervise(processes: &mut [Process], ready: &AtomicBool) -> anyhow::Result<()> {
     loop {
         for process in processes.iter_mut() {
             process.ensure()?;
         }
-        let endings = processes.iter_mut().map(|process| Box::pin(process.ended()));
+        let endings = processes.iter_mut().map(|process| Box::pin(process.ended(ready)));
         futures::future::select_all(endings).await.0?;
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        let pause = processes.iter().filter(|process| process.child.is_none()).map(Process::pause).max();
+        tokio::time::sleep(pause.unwrap_or(RESTART_PAUSE)).await;
     }
 }
 

@@ -45,7 +45,10 @@ pub enum WriteError {
     /// The log could not be read.
     #[error(transparent)]
     Read(#[from] StreamError),
-    /// There is no such log, or it holds events that do not fit together.
+    /// There is no such log: it expired, or was never begun, or (on a cluster) the server that answered lags behind.
+    #[error("{0}: no events in the log")]
+    Missing(LogRef),
+    /// It holds events that do not fit together.
     #[error("{log}: {problem}")]
     Corrupt {
         /// Which log.
@@ -90,7 +93,7 @@ impl LogWriter {
         let corrupt = |problem: String| WriteError::Corrupt { log: log.clone(), problem };
         let state = Lifecycle::fold(recorded.iter().map(|r| &r.event))
             .map_err(|illegal| corrupt(illegal.to_string()))?
-            .ok_or_else(|| corrupt("no events: expired, or never accepted".into()))?;
+            .ok_or_else(|| WriteError::Missing(log.clone()))?;
         let seq = recorded.last().expect("a state has events").seq;
         Ok(LogWriter { backend, log, state, seq })
     }

@@ -17,7 +17,7 @@ use forebay_schemas::{
         RequestCompleted, RequestFailed, TokensGenerated,
     },
     kv::KvHandle,
-    lifecycle::Lifecycle,
+    lifecycle::{Lifecycle, Phase},
     task::{DecodeTask, PrefillTask, Role, Task},
 };
 use forebay_streams::{
@@ -28,11 +28,14 @@ use forebay_streams::{
     writer::{LogWriter, WriteError, now_us},
 };
 use std::{sync::Arc, time::Duration};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// Outputs taken from the engine at once; they become one event.
 const BATCH_MAX: usize = 64;
+
+/// Pause before a log that could not be read is read again.
+const READ_PAUSE: Duration = Duration::from_millis(500);
 
 /// How often a slot is looked at that a read still holds.
 const SLOT_POLL: Duration = Duration::from_millis(1);
@@ -123,6 +126,10 @@ async fn failed(
             tracing::error!(%log, problem, "a log is not readable; its task is dropped");
             return Some(Verdict::Ack);
         }
+        Err(WriteError::Missing(_)) if delivery.delivery >= worker.streams.tasks.max_deliver() => {
+            tracing::error!(%log, "a task without a log is dropped");
+            return Some(Verdict::Ack);
+        }
         Err(_) => return Some(Verdict::Nak),
     };
     // The newer attempt may be this worker's own: a task comes again to one that hung for longer than the ack
@@ -205,6 +212,7 @@ impl Attempt<'_> {
         writer.append(Body::Claimed(claimed)).await?;
 
         let worker = self.worker;
+        self.check_context(writer.state())?;
         let mut output = OutputText::resume(worker.tokenizer.clone(), worker.eos.clone(), writer.state());
         if let Some(reason) = output.finish() {
             // An earlier attempt generated everything and died before it could say so.
@@ -218,6 +226,15 @@ impl Attempt<'_> {
         let outputs = worker.runner.add(self.sequence(writer.state(), filled)).await?;
         let reason = self.generate(&mut writer, &mut output, outputs).await?;
         complete(&mut writer, reason).await
+    }
+
+    /// Another worker of the model may have longer slots, and the gateway goes by its card.
+    fn check_context(&self, state: &Lifecycle) -> Result<(), EngineError> {
+        let (tokens, limit) = (state.sequence().len() as u32, self.worker.runner.card().context_limit);
+        if tokens < limit {
+            return Ok(());
+        }
+        Err(EngineError::ContextFull { slot: self.slot.index(), start: 0, tokens, limit })
     }
 
     fn sequence(&self, state: &Lifecycle, filled: u32) -> Sequence {
@@ -253,14 +270,12 @@ impl Attempt<'_> {
             attempt: writer.state().attempt,
         };
         if let Err(error) = enqueue(&*self.worker.streams.tasks, &task).await {
-            return self.lost(writer, error.to_string()).await;
+            return self.lost(writer, output, error.to_string()).await;
         }
-        if let Err(silence) = self.await_prefill(writer, follow).await? {
-            return self.lost(writer, silence).await;
+        if let Err(reason) = self.await_prefill(writer, follow).await? {
+            return self.lost(writer, output, reason).await;
         }
-        let token = *writer.state().tokens.last().expect("PrefillCompleted brought a token");
-        output.push(token);
-        output.release();
+        self.take_tokens(writer.state(), output);
         if let Some(reason) = output.finish() {
             release(self.worker, writer.state());
             return Ok(Remote::Finished(reason));
@@ -270,7 +285,7 @@ impl Attempt<'_> {
                 writer.append(Body::KvTransferred(transferred)).await?;
                 Ok(Remote::Here)
             }
-            Err(error) => self.lost(writer, error.to_string()).await,
+            Err(error) => self.lost(writer, output, error.to_string()).await,
         }
     }
 
@@ -282,13 +297,32 @@ impl Attempt<'_> {
         self.worker.workers.borrow().values().filter(|lease| fits(lease)).count()
     }
 
-    async fn lost(&self, writer: &mut LogWriter, reason: String) -> Result<Remote, RequestError> {
+    /// The KV must be computed here.
+    async fn lost(
+        &self,
+        writer: &mut LogWriter,
+        output: &mut OutputText,
+        reason: String,
+    ) -> Result<Remote, RequestError> {
         tracing::warn!(log = %self.log, reason, "prefilling here instead");
-        writer.append(Body::KvLost(KvLost { reason })).await?;
-        Ok(Remote::Lost)
+        // The prefill worker may have said so itself.
+        if writer.state().phase != Phase::Claimed {
+            writer.append(Body::KvLost(KvLost { reason })).await?;
+        }
+        release(self.worker, writer.state());
+        // A prefill that completed in the moment that it was given up has drawn a token all the same.
+        self.take_tokens(writer.state(), output);
+        Ok(output.finish().map_or(Remote::Lost, Remote::Finished))
     }
 
-    /// Follows the log until the prefill is done. The inner error says that nothing happened for too long.
+    /// Tokens, and their text, that somebody else appended.
+    fn take_tokens(&self, state: &Lifecycle, output: &mut OutputText) {
+        let known = output.tokens().len();
+        state.tokens[known..].iter().for_each(|token| output.push(*token));
+        output.release();
+    }
+
+    /// Follows the log until the prefill is done. The inner error says why it will not be.
     async fn await_prefill(
         &self,
         writer: &mut LogWriter,
@@ -296,17 +330,25 @@ impl Attempt<'_> {
     ) -> Result<Result<(), String>, RequestError> {
         let patience = self.worker.config.prefill_patience;
         let attempt = writer.state().attempt;
+        let mut give_up = Instant::now() + patience;
         loop {
-            let Ok(recorded) = tokio::time::timeout(patience, follow.next()).await else {
-                return Ok(Err(format!("nothing of the prefill for {patience:?}")));
+            let recorded = match tokio::time::timeout_at(give_up, follow.next()).await {
+                Ok(Ok(recorded)) => recorded,
+                Ok(Err(error)) => {
+                    tracing::debug!(log = %self.log, %error, "the log can't be read now; trying again");
+                    tokio::time::sleep(READ_PAUSE).await;
+                    continue;
+                }
+                Err(_) => return Ok(Err(format!("nothing of the prefill for {patience:?}"))),
             };
-            let recorded = recorded?;
+            give_up = Instant::now() + patience;
             writer.observe(recorded.seq, &recorded.event)?;
             if writer.state().attempt != attempt {
                 return Err(RequestError::ClaimedElsewhere(writer.state().attempt));
             }
             match recorded.event.body {
                 Body::PrefillCompleted(_) => return Ok(Ok(())),
+                Body::KvLost(lost) => return Ok(Err(lost.reason)),
                 body if body.is_terminal() => {
                     return Err(RequestError::ClaimedElsewhere(attempt));
                 }

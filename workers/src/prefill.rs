@@ -11,9 +11,9 @@ use crate::{
     worker::Worker,
 };
 use forebay_schemas::{
-    event::{Body, KvReady, PrefillClaimed, PrefillCompleted},
+    event::{Body, KvLost, KvReady, PrefillClaimed, PrefillCompleted},
     kv::{KvHandle, TokenRange},
-    lifecycle::Phase,
+    lifecycle::{Illegal, Phase},
     task::{PrefillTask, Task},
 };
 use forebay_streams::{
@@ -68,8 +68,18 @@ pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, computin
                     tracing::debug!(request = %task.request, released, "the KV is no longer held");
                 }
             }
-            // Whoever waits for it hears nothing, and prefills for itself; or nobody waits any more.
+            // Another worker does it now. An acknowledgement from here would take the task from there.
+            Err(PrefillError::Write(WriteError::Overtaken {
+                illegal: Illegal::OtherPrefill { .. }, ..
+            })) => {}
+            // Nobody waits for it any more.
             Err(PrefillError::Write(WriteError::Overtaken { .. } | WriteError::Corrupt { .. })) => {
+                worker.answer(&delivery, Verdict::Ack).await;
+            }
+            // It would fail again: whoever waits for it is told, and tries it itself.
+            Err(PrefillError::Engine(error)) => {
+                tracing::warn!(request = %task.request, %error, "a prefill failed");
+                give_up(&worker, &task, &error).await;
                 worker.answer(&delivery, Verdict::Ack).await;
             }
             Err(error) => {
@@ -141,6 +151,21 @@ async fn prefill(
             }
             Output::Failed(error) => return Err(error.into()),
         }
+    }
+}
+
+async fn give_up(worker: &Worker, task: &PrefillTask, error: &EngineError) {
+    let log = LogRef { gateway: task.gateway.clone(), request: task.request };
+    let lost = Body::KvLost(KvLost { reason: format!("{}: {error}", worker.id) });
+    let told = async {
+        let mut writer = LogWriter::open(worker.streams.log.clone(), log).await?;
+        match writer.state().prefiller.as_ref() == Some(&worker.id) {
+            true => writer.append(lost).await,
+            false => Ok(()),
+        }
+    };
+    if let Err(error) = told.await {
+        tracing::debug!(request = %task.request, %error, "the decode worker was not told");
     }
 }
 

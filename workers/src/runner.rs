@@ -31,7 +31,7 @@ pub enum Output {
 enum Command {
     Add(Sequence, mpsc::Sender<Output>),
     Remove(u32, oneshot::Sender<()>),
-    Park(u32, u32),
+    Park(u32, u32, oneshot::Sender<()>),
 }
 
 /// A handle on the engine's thread, which ends when the last handle is dropped.
@@ -94,9 +94,13 @@ impl Runner {
         }
     }
 
-    /// Tells where scratch writes to an unused slot may go: see [`Scheduler::park`].
+    /// Tells where scratch writes to an unused slot may go: see [`Scheduler::park`]. When this returns, no step that
+    /// runs or follows writes where they went before.
     pub async fn park(&self, slot: u32, positions: u32) {
-        let _ = self.commands.send(Command::Park(slot, positions)).await;
+        let (done, wait) = oneshot::channel();
+        if self.commands.send(Command::Park(slot, positions, done)).await.is_ok() {
+            let _ = wait.await;
+        }
     }
 }
 
@@ -151,7 +155,11 @@ impl EngineLoop {
                 self.leave(slot);
                 let _ = done.send(());
             }
-            Command::Park(slot, positions) => self.scheduler.park(slot, positions),
+            // Commands are obeyed between steps: whoever waits knows that the next step goes by it.
+            Command::Park(slot, positions, done) => {
+                self.scheduler.park(slot, positions);
+                let _ = done.send(());
+            }
         }
     }
 

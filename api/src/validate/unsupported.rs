@@ -4,6 +4,26 @@ use crate::error::{ApiError, ErrorCode};
 use forebay_schemas::openai::ChatRequest;
 use serde_json::Value;
 
+/// Fields that are not served at all, of OpenAI and of vLLM. What is neither here nor below (`user`, `metadata`, a
+/// field that nobody knows) does not change an answer.
+const UNSERVED: [&str; 15] = [
+    "prediction",
+    "verbosity",
+    "best_of",
+    "use_beam_search",
+    "length_penalty",
+    "bad_words",
+    "allowed_token_ids",
+    "prompt_logprobs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "continue_final_message",
+    "add_generation_prompt",
+];
+
 /// Refuses the first field that can't be honoured, unless its value asks for nothing.
 pub(super) fn refuse(request: &ChatRequest) -> Result<(), ApiError> {
     let r = request;
@@ -40,6 +60,12 @@ pub(super) fn refuse(request: &ChatRequest) -> Result<(), ApiError> {
         ("web_search_options", r.web_search_options.is_some(), "none"),
         ("cache_salt", r.cache_salt.is_some(), "none"),
     ];
+    if let Some(param) =
+        UNSERVED.into_iter().find(|name| r.others.get(*name).is_some_and(|value| !value.is_null()))
+    {
+        let message = format!("{param} is not supported; leave it out");
+        return Err(ApiError::of(ErrorCode::UnsupportedParameter, param, message));
+    }
     match checks.into_iter().find(|(_, asks, _)| *asks) {
         None => Ok(()),
         Some((param, _, served)) => Err(ApiError::of(

@@ -125,8 +125,16 @@ pub(super) fn words() -> Arc<Vec<String>> {
     Arc::new(text.split_whitespace().map(str::to_owned).collect())
 }
 
+/// A plain client; through the proxy of the environment, unless the server is on this machine.
+fn client(url: &str, connections: usize) -> reqwest::Client {
+    let builder = reqwest::Client::builder().pool_max_idle_per_host(connections);
+    let local = ["://127.", "://localhost", "://[::1]"].iter().any(|host| url.contains(host));
+    if local { builder.no_proxy() } else { builder }.build().expect("plain settings")
+}
+
 async fn first_model(url: &str) -> anyhow::Result<String> {
-    let text = reqwest::get(format!("{url}/v1/models")).await.context("listing models")?.text().await?;
+    let answer = client(url, 1).get(format!("{url}/v1/models")).send().await.context("listing models")?;
+    let text = answer.text().await?;
     let list: serde_json::Value = serde_json::from_str(&text).context("listing models")?;
     list["data"][0]["id"]
         .as_str()

@@ -24,7 +24,7 @@ enum What {
     Control(control::ControlArgs),
     /// Prefill and decode of the engine, on a random checkpoint of Qwen3-0.6B's shape or one of yours.
     Engine(engine::EngineBenchArgs),
-    /// The engine behind the whole path: 8 clients, prompts of 128 tokens, 64 tokens each.
+    /// The engine behind the whole path: 1, 4 and 8 clients, prompts of 128 tokens, 64 tokens each.
     Serve(serve::ServeArgs),
     /// Reading KV from another worker, against a plain copy.
     Kv(kv::KvArgs),

@@ -29,11 +29,15 @@ impl Deployment {
         let folder = std::env::temp_dir().join(format!("forebay-bench-{}", std::process::id()));
         std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
         let address: SocketAddr = ([127, 0, 0, 1], free_port()?).into();
-        let up = Command::new(std::env::current_exe()?)
+        let mut command = Command::new(std::env::current_exe()?);
+        // What is measured is what the arguments say, whatever else is set.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_setting(name)) {
+            command.env_remove(name);
+        }
+        let up = command
             .args(["up", "--nats-port", "0", "--listen", &address.to_string(), "--data"])
             .arg(&folder)
             .args(arguments)
-            .env_remove("FOREBAY_NATS")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(folder.join("up.log"))?)
@@ -91,6 +95,10 @@ impl Drop for Deployment {
         let _ = self.up.wait();
         let _ = std::fs::remove_dir_all(&self.folder);
     }
+}
+
+fn is_setting(name: &std::ffi::OsStr) -> bool {
+    name.to_str().is_some_and(|name| name.starts_with("FOREBAY_") && name != "FOREBAY_NATS_SERVER")
 }
 
 fn children(parent: u32) -> Vec<u32> {

@@ -1,5 +1,5 @@
 //! A chat completion request as clients send it. Fields that can change nothing here (`user`, `metadata`,
-//! `store`, `service_tier` …) are not listed: serde skips them. Fields that would change the answer and can't
+//! `store`, `service_tier` …) are not listed and end up among the others. Fields that would change the answer and can't
 //! be honoured are listed as raw JSON, so that the gateway can refuse them by name.
 
 use serde::{Deserialize, Deserializer, Serialize, de};
@@ -70,6 +70,9 @@ pub struct ChatRequest {
     /// vLLM's extension: not served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache_salt: Option<Value>,
+    /// Everything else.
+    #[serde(flatten)]
+    pub others: Map<String, Value>,
     /// Only `false` is served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<bool>,

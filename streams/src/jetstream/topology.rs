@@ -133,6 +133,8 @@ fn work_queue(role: Role, limits: &Limits) -> Config {
         storage: StorageType::File,
         num_replicas: limits.replicas,
         max_messages: limits.queue_max as i64,
+        // A task that was delivered as often as it may be stays; at the latest it goes with its log.
+        max_age: limits.log_age,
         discard: DiscardPolicy::New,
         duplicate_window: Duration::from_secs(120),
         ..Default::default()
@@ -171,10 +173,11 @@ async fn ensure_stream(context: &Context, wanted: Config) -> Result<(), StreamEr
 
 async fn ensure_bucket(context: &Context, config: kv::Config) -> Result<(), StreamError> {
     let bucket = config.bucket.clone();
-    if context.get_key_value(&bucket).await.is_ok() {
-        return Ok(());
-    }
-    context.create_key_value(config).await.map(drop).map_err(failed(format!("making bucket {bucket}")))
+    context
+        .create_or_update_key_value(config)
+        .await
+        .map(drop)
+        .map_err(failed(format!("making bucket {bucket}")))
 }
 
 /// Makes the consumer of one queue if it is missing, and checks it.
@@ -214,6 +217,10 @@ pub(crate) async fn ensure_consumer(
                 queue_stream(role)
             ),
         ));
+    }
+    // Workers time their signs of life by their own settings: the server must go by the same.
+    if found.ack_wait != wanted.ack_wait || found.max_deliver != wanted.max_deliver {
+        stream.update_consumer(wanted).await.map_err(failed(format!("updating consumer {name}")))?;
     }
     Ok(())
 }
