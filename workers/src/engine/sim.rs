@@ -171,6 +171,8 @@ impl Engine for SimEngine {
         let begun = Instant::now();
         out.clear();
         self.card.check_rows(rows, parked)?;
+        // A real engine reads and writes all through the step. The last moment is when a write does most harm.
+        self.wait(begun, self.pace.decode_us + self.pace.decode_row_us * rows.len() as f64);
         let mut next = rows.iter().peekable();
         for slot in 0..rows.last().map_or(0, |row| row.slot + 1) {
             let Some(row) = next.next_if(|row| row.slot == slot) else {
@@ -182,7 +184,6 @@ impl Engine for SimEngine {
             self.write(slot, row.position, hash);
             out.push(self.draw(hash, row.draw));
         }
-        self.wait(begun, self.pace.decode_us + self.pace.decode_row_us * rows.len() as f64);
         Ok(())
     }
 }
