@@ -212,12 +212,12 @@ impl Attempt<'_> {
         writer.append(Body::Claimed(claimed)).await?;
 
         let worker = self.worker;
-        self.check_context(writer.state())?;
         let mut output = OutputText::resume(worker.tokenizer.clone(), worker.eos.clone(), writer.state());
         if let Some(reason) = output.finish() {
             // An earlier attempt generated everything and died before it could say so.
             return complete(&mut writer, reason).await;
         }
+        self.check_context(writer.state())?;
         let filled = match self.prefill(&mut writer, &mut output).await? {
             Remote::Here => writer.state().sequence().len() as u32 - 1,
             Remote::Lost => 0,
