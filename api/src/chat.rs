@@ -8,6 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use forebay_schemas::{ids::RequestId, openai::ChatRequest};
+use forebay_streams::environment;
 use std::{sync::Arc, time::Instant};
 
 /// Every answer carries its request's id, errors too: it finds the log.
@@ -15,7 +16,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The handler.
 pub(crate) async fn chat(State(gateway): State<Arc<Shared>>, http: Request) -> Response {
-    let id = RequestId::new();
+    let id = environment::request_id();
     let mut response = respond(&gateway, id, http).await.unwrap_or_else(IntoResponse::into_response);
     let value = HeaderValue::try_from(id.to_string()).expect("an id is hexadecimal");
     response.headers_mut().insert(REQUEST_ID, value);
@@ -41,5 +42,5 @@ async fn respond(gateway: &Arc<Shared>, id: RequestId, http: Request) -> Result<
 
 /// A seed for a client that gave none: in the log, and small enough to be sent as `seed` to repeat the answer.
 fn drawn_seed() -> u64 {
-    uuid::Uuid::new_v4().as_u64_pair().1 >> 11
+    environment::random() >> 11
 }

@@ -91,7 +91,7 @@ impl Gateway {
         if let Err(error) = meters::recorder() {
             tracing::warn!(error, "metrics go to another recorder of this process");
         }
-        let hub = Hub::start(streams.log.clone(), config.gateway.clone()).await?;
+        let hub = Hub::start(streams.log.clone(), config.gateway.clone(), |_| {}).await?;
         let models = Arc::new(Models::follow(streams.registry.clone()).await?);
         let shared = Arc::new(Shared {
             admission: Admission::new(config.in_flight_max),

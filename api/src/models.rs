@@ -11,7 +11,7 @@ use forebay_streams::{
     registry::{Models as Cards, Registry},
 };
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     sync::{Arc, Mutex},
 };
 use tokio::sync::{OnceCell, watch};
@@ -26,7 +26,7 @@ const LISTED_MAX: usize = 20;
 pub(crate) struct Models {
     registry: Arc<dyn Registry>,
     cards: watch::Receiver<Cards>,
-    loaded: Mutex<HashMap<String, Entry>>,
+    loaded: Mutex<BTreeMap<String, Entry>>,
 }
 
 /// A model that was asked for, or is about to be. A card that was replaced has another entry.

@@ -165,7 +165,8 @@ impl News<'_> {
             | Body::PrefillClaimed(_)
             | Body::KvReady(_)
             | Body::KvTransferred(_)
-            | Body::KvLost(_) => None,
+            | Body::KvLost(_)
+            | Body::Released(_) => None,
         }
     }
 }
@@ -193,6 +194,7 @@ fn stop(gateway: &Arc<Shared>, timeout: Duration) -> BoxFuture<'static, ApiError
     let closing = gateway.closing.clone();
     async move {
         tokio::select! {
+            biased;
             () = tokio::time::sleep(timeout + DEADLINE_PATIENCE) => {
                 ApiError::new(ErrorCode::DeadlineExceeded, keeper::deadline_message(timeout))
             }

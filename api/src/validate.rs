@@ -97,6 +97,10 @@ impl Params {
             stop: self.stop,
             ignore_eos: self.ignore_eos,
             timeout_ms: timeout.as_millis() as u64,
+            detached: false,
+            stored: false,
+            fingerprint: None,
+            echo: None,
         })
     }
 }

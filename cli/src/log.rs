@@ -112,6 +112,12 @@ fn summary(event: &Event) -> String {
             };
             format!("token {range}: {:?}", generated.text)
         }
+        Body::Released(released) => {
+            let kv = released.kv.as_ref().map_or(String::new(), |kv| {
+                format!(", with KV of {} tokens in slot {}", kv.tokens.end(), kv.slot)
+            });
+            format!("by {}: {}{kv}", released.worker, released.reason)
+        }
         Body::RequestCompleted(done) => format!(
             "{:?}: {} prompt tokens, {} generated",
             done.reason, done.usage.prompt_tokens, done.usage.completion_tokens

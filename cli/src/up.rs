@@ -233,7 +233,7 @@ async fn greet(args: &UpArgs, place: &Place) -> anyhow::Result<()> {
 
 async fn workers_ready(streams: &Streams, args: &UpArgs, begun: Instant) -> anyhow::Result<()> {
     let mut workers = streams.registry.workers().await?;
-    let started_us = forebay_streams::writer::now_us() - begun.elapsed().as_micros() as u64;
+    let started_us = forebay_streams::environment::now_us() - begun.elapsed().as_micros() as u64;
     for (role, wanted) in [(Role::Decode, args.decode), (Role::Prefill, args.prefill)] {
         // Leases of workers of an earlier run may not have lapsed yet.
         let living = |all: &forebay_streams::registry::Workers| {

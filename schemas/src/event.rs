@@ -3,7 +3,7 @@
 
 use crate::{
     ids::{RequestId, WorkerId},
-    kv::KvHandle,
+    kv::{KvHandle, LayoutHash},
     sampling::Sampling,
 };
 use serde::{Deserialize, Serialize};
@@ -45,6 +45,8 @@ pub enum Body {
     KvLost(KvLost),
     /// Tokens were generated.
     TokensGenerated(TokensGenerated),
+    /// The decode worker gave the request back: another one goes on with it.
+    Released(Released),
     /// Terminal: the answer is whole.
     RequestCompleted(RequestCompleted),
     /// Terminal: there will be no (further) answer.
@@ -74,6 +76,18 @@ pub struct RequestAccepted {
     pub ignore_eos: bool,
     /// Time to the terminal event, from this event's time, in milliseconds.
     pub timeout_ms: u64,
+    /// It goes on when its client leaves: nobody cancels it but who asks for that by name.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub detached: bool,
+    /// The client wants to be able to ask for the answer later.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stored: bool,
+    /// A digest of what was asked under a client's idempotency key: the same key with another one is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
+    /// What the endpoint needs to show the request again, in its own form; nothing that a worker looks at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub echo: Option<serde_json::Value>,
 }
 
 /// A decode worker's claim.
@@ -86,6 +100,18 @@ pub struct Claimed {
     pub ack_subject: String,
     /// How often the task has been delivered, this time included.
     pub delivery: u64,
+    /// What the worker runs, so that a replay can tell whether it runs the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineRef>,
+}
+
+/// What a worker runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineRef {
+    /// Weights, architecture and precision, as a hash: equal hashes compute the same.
+    pub layout_hash: LayoutHash,
+    /// The same for people.
+    pub weights: String,
 }
 
 /// A request for a remote prefill.
@@ -160,6 +186,30 @@ pub struct TokensGenerated {
     /// Text that the client may see now. It can lag behind the tokens: half of a character, or the beginning
     /// of what may become a stop string, is held back.
     pub text: String,
+}
+
+/// Why a request was given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReleaseCause {
+    /// The worker was told to stop.
+    Drained,
+    /// The attempt failed here; it may succeed elsewhere.
+    Failed,
+}
+
+/// The end of an attempt, not of the request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Released {
+    /// Who gives it back.
+    pub worker: WorkerId,
+    /// What kind of reason.
+    pub cause: ReleaseCause,
+    /// In words.
+    pub reason: String,
+    /// KV of the sequence from its first token on, sealed for whoever takes over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv: Option<KvHandle>,
 }
 
 /// Why generation ended.
@@ -238,6 +288,7 @@ impl Body {
             Body::KvTransferred(_) => "KvTransferred",
             Body::KvLost(_) => "KvLost",
             Body::TokensGenerated(_) => "TokensGenerated",
+            Body::Released(_) => "Released",
             Body::RequestCompleted(_) => "RequestCompleted",
             Body::RequestFailed(_) => "RequestFailed",
             Body::RequestCancelled(_) => "RequestCancelled",

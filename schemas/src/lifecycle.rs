@@ -4,7 +4,9 @@
 //! An event that does not fit is refused, in the writer before it is appended and in every reader after.
 
 use crate::{
-    event::{Body, Event, FinishReason, KvReady, RequestAccepted, Usage},
+    event::{
+        Body, Event, FinishReason, KvReady, ReleaseCause, Released, RequestAccepted, RequestFailed, Usage,
+    },
     ids::{RequestId, WorkerId},
     kv::KvHandle,
 };
@@ -15,7 +17,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Accepted; no worker has it.
+    /// Accepted, or given back; no worker has it.
     Queued,
     /// A decode worker has it and no KV yet.
     Claimed,
@@ -57,16 +59,29 @@ pub struct Lifecycle {
     pub attempt: u32,
     /// The decode worker of the current attempt.
     pub worker: Option<WorkerId>,
+    /// Where the decode task's last delivery is acknowledged.
+    pub ack_subject: Option<String>,
     /// The prefill worker of the current attempt: the one that claimed last.
     pub prefiller: Option<WorkerId>,
+    /// Where the prefill task's last delivery is acknowledged.
+    pub prefill_ack_subject: Option<String>,
+    /// How often a prefill was claimed in the current attempt.
+    pub prefills: u32,
+    /// Attempts in a row, the current one included, that have brought no token and were not given back for a drain.
+    pub fruitless: u32,
     /// All tokens generated so far, over all attempts.
     pub tokens: Vec<u32>,
     /// All text released so far.
     pub text: String,
-    /// Sealed KV of the current prefill, contiguous from position 0.
+    /// Sealed KV that the current attempt can read, contiguous from position 0: of its prefill, or left by the
+    /// attempt before.
     pub kv: Vec<KvHandle>,
+    /// The KV was left by the attempt before, and nobody has said yet what became of it.
+    pub handed_over: bool,
     /// How it ended, if it completed.
     pub finish: Option<FinishReason>,
+    /// Why it failed, if it did.
+    pub failure: Option<RequestFailed>,
 }
 
 /// An event that can't follow what came before.
@@ -117,6 +132,16 @@ pub enum Illegal {
         /// Whose prefill it is of.
         worker: WorkerId,
     },
+    /// KV of positions that the sequence does not have yet.
+    #[error("{event} has KV of {found} positions, of at most {most}")]
+    TooMuchKv {
+        /// The event.
+        event: &'static str,
+        /// Positions that it has KV of.
+        found: u32,
+        /// Positions that can have KV.
+        most: u32,
+    },
     /// Tokens or KV that do not join what is there.
     #[error("{event} starts at {found}, expected {expected}")]
     Gap {
@@ -142,11 +167,17 @@ impl Lifecycle {
             phase: Phase::Queued,
             attempt: 0,
             worker: None,
+            ack_subject: None,
             prefiller: None,
+            prefill_ack_subject: None,
+            prefills: 0,
+            fruitless: 0,
             tokens: Vec::new(),
             text: String::new(),
             kv: Vec::new(),
+            handed_over: false,
             finish: None,
+            failure: None,
         })
     }
 
@@ -158,13 +189,23 @@ impl Lifecycle {
             Body::Claimed(claimed) => {
                 self.attempt = event.attempt;
                 self.worker = Some(claimed.worker.clone());
+                self.ack_subject = Some(claimed.ack_subject.clone());
                 self.prefiller = None;
+                self.prefill_ack_subject = None;
+                self.prefills = 0;
+                self.fruitless += 1;
+                self.handed_over &= self.phase == Phase::Queued;
+                if !self.handed_over {
+                    self.kv.clear();
+                }
                 self.phase = Phase::Claimed;
-                self.kv.clear();
             }
             Body::PrefillQueued(_) => self.phase = Phase::PrefillQueued,
             Body::PrefillClaimed(claimed) => {
                 self.prefiller = Some(claimed.worker.clone());
+                self.prefill_ack_subject = Some(claimed.ack_subject.clone());
+                self.prefills += 1;
+                self.handed_over = false;
                 self.kv.clear();
                 self.phase = Phase::Prefilling;
             }
@@ -172,20 +213,41 @@ impl Lifecycle {
             Body::PrefillCompleted(prefill) => {
                 self.tokens.push(prefill.token);
                 self.text.push_str(&prefill.text);
+                self.fruitless = 0;
                 self.phase = Phase::Prefilled;
             }
-            Body::KvTransferred(_) => self.phase = Phase::Decoding,
-            Body::KvLost(_) => self.phase = Phase::Claimed,
+            Body::KvTransferred(_) => {
+                self.handed_over = false;
+                self.phase = Phase::Decoding;
+            }
+            Body::KvLost(_) => {
+                self.handed_over = false;
+                self.phase = Phase::Claimed;
+            }
             Body::TokensGenerated(generated) => {
                 self.tokens.extend_from_slice(&generated.tokens);
                 self.text.push_str(&generated.text);
+                self.fruitless = 0;
                 self.phase = Phase::Decoding;
+            }
+            Body::Released(released) => {
+                self.fruitless -= u32::from(released.cause == ReleaseCause::Drained && self.fruitless > 0);
+                self.worker = None;
+                self.ack_subject = None;
+                self.prefiller = None;
+                self.prefill_ack_subject = None;
+                self.handed_over = released.kv.is_some();
+                self.kv = released.kv.iter().cloned().collect();
+                self.phase = Phase::Queued;
             }
             Body::RequestCompleted(completed) => {
                 self.finish = Some(completed.reason);
                 self.phase = Phase::Completed;
             }
-            Body::RequestFailed(_) => self.phase = Phase::Failed,
+            Body::RequestFailed(failed) => {
+                self.failure = Some(failed.clone());
+                self.phase = Phase::Failed;
+            }
             Body::RequestCancelled(_) => self.phase = Phase::Cancelled,
         }
         Ok(())
@@ -211,10 +273,12 @@ impl Lifecycle {
             Body::PrefillQueued(_) => self.phase == Phase::Claimed,
             Body::PrefillClaimed(_) => matches!(self.phase, Phase::PrefillQueued | Phase::Prefilling),
             Body::KvReady(_) | Body::PrefillCompleted(_) => self.phase == Phase::Prefilling,
-            Body::KvTransferred(_) => self.phase == Phase::Prefilled,
+            Body::KvTransferred(_) => self.phase == Phase::Prefilled || self.has_inherited(),
             Body::KvLost(_) => {
                 matches!(self.phase, Phase::PrefillQueued | Phase::Prefilling | Phase::Prefilled)
+                    || self.has_inherited()
             }
+            Body::Released(_) => self.phase != Phase::Queued,
             Body::TokensGenerated(_) => matches!(self.phase, Phase::Claimed | Phase::Decoding),
             Body::RequestCompleted(_) => {
                 matches!(self.phase, Phase::Claimed | Phase::Prefilled | Phase::Decoding)
@@ -236,10 +300,19 @@ impl Lifecycle {
         if let Some(worker) = other_prefill {
             return Err(Illegal::OtherPrefill { event: name, worker: worker.clone() });
         }
+        if let Body::Released(Released { kv: Some(handle), .. }) = &event.body {
+            // The last token was drawn and not run: the next worker runs it.
+            let most = (self.accepted.prompt.len() + self.tokens.len()).saturating_sub(1) as u32;
+            let found = handle.tokens.end();
+            if found > most {
+                return Err(Illegal::TooMuchKv { event: name, found, most });
+            }
+        }
         let joins = match &event.body {
             Body::KvReady(ready) => {
                 Some((ready.handle.tokens.start, self.kv.last().map_or(0, |kv| kv.tokens.end())))
             }
+            Body::Released(Released { kv: Some(handle), .. }) => Some((handle.tokens.start, 0)),
             Body::PrefillCompleted(prefill) => Some((prefill.first_index, self.tokens.len() as u32)),
             Body::TokensGenerated(generated) => Some((generated.first_index, self.tokens.len() as u32)),
             _ => None,
@@ -250,6 +323,11 @@ impl Lifecycle {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether there is KV of the attempt before that nobody has decided about.
+    fn has_inherited(&self) -> bool {
+        self.phase == Phase::Claimed && self.handed_over
     }
 
     fn joins_the_prefill(&self, handle: &KvHandle) -> bool {

@@ -7,9 +7,9 @@
 use forebay_schemas::{
     card::{BlobRef, ModelCard, SamplingDefaults, WorkerLease},
     event::{
-        Body, Claimed, Event, FailureCode, FinishReason, KvLost, KvReady, KvTransferred, PrefillClaimed,
-        PrefillCompleted, PrefillQueued, RequestAccepted, RequestCancelled, RequestCompleted, RequestFailed,
-        TokensGenerated, Usage,
+        Body, Claimed, EngineRef, Event, FailureCode, FinishReason, KvLost, KvReady, KvTransferred,
+        PrefillClaimed, PrefillCompleted, PrefillQueued, ReleaseCause, Released, RequestAccepted,
+        RequestCancelled, RequestCompleted, RequestFailed, TokensGenerated, Usage,
     },
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
     kv::{KvDtype, KvGeometry, KvHandle, KvLayout, LayoutHash, TokenRange},
@@ -44,11 +44,16 @@ every_body! {
         stop: vec!["\n\n".into(), "Ende 🛑".into()],
         ignore_eos: true,
         timeout_ms: 600_000,
+        detached: false,
+        stored: false,
+        fingerprint: None,
+        echo: None,
     },
     Claimed {
         worker: worker("decode-0a1b2c3d"),
         ack_subject: "$JS.ACK.FB_DECODE.decode-demo.1.42.7.1764000000000000000.0".into(),
         delivery: 1,
+        engine: None,
     },
     PrefillQueued { tokens: 512, reason: "prompt of 512 > max_local_prefill_length 128".into() },
     PrefillClaimed {
@@ -61,6 +66,12 @@ every_body! {
     KvTransferred { bytes: 117_440_512, tokens: 512, read_us: 12_800, transport: "shm".into() },
     KvLost { reason: "the lease is over".into() },
     TokensGenerated { first_index: 1, tokens: vec![11, 1879, 0], text: ", world!".into() },
+    Released {
+        worker: worker("decode-0a1b2c3d"),
+        cause: ReleaseCause::Drained,
+        reason: "the worker stops".into(),
+        kv: Some(handle()),
+    },
     RequestCompleted {
         reason: FinishReason::Stop,
         usage: Usage { prompt_tokens: 512, completion_tokens: 4, cached_tokens: 0 },
@@ -80,6 +91,41 @@ fn plain_request() -> Body {
         stop: Vec::new(),
         ignore_eos: false,
         timeout_ms: 1000,
+        detached: false,
+        stored: false,
+        fingerprint: None,
+        echo: None,
+    })
+}
+
+/// A request with all that came later.
+fn stored_request() -> Body {
+    let Body::RequestAccepted(plain) = plain_request() else { unreachable!() };
+    Body::RequestAccepted(RequestAccepted {
+        endpoint: "responses".into(),
+        detached: true,
+        stored: true,
+        fingerprint: Some("9f86d081884c7d65".into()),
+        echo: Some(serde_json::json!({ "metadata": { "k": "v" }, "n": [1, -2, 0.5, null, true] })),
+        ..plain
+    })
+}
+
+fn claimed_with_engine() -> Body {
+    Body::Claimed(Claimed {
+        worker: worker("decode-0a1b2c3d"),
+        ack_subject: "$JS.ACK.FB_DECODE.decode-demo.1.42.7.1764000000000000000.0".into(),
+        delivery: 1,
+        engine: Some(EngineRef { layout_hash: LayoutHash(7), weights: "int4/32".into() }),
+    })
+}
+
+fn failed_release() -> Body {
+    Body::Released(Released {
+        worker: worker("decode-0a1b2c3d"),
+        cause: ReleaseCause::Failed,
+        reason: "ONNX Runtime failed".into(),
+        kv: None,
     })
 }
 
@@ -119,6 +165,9 @@ fn events() -> Vec<(String, Event)> {
     let mut events: Vec<_> =
         every_body().into_iter().map(|body| (format!("{}.1.hex", body.name()), event(body))).collect();
     events.push(("RequestAccepted.1.plain.hex".into(), event(plain_request())));
+    events.push(("RequestAccepted.1.stored.hex".into(), event(stored_request())));
+    events.push(("Claimed.1.engine.hex".into(), event(claimed_with_engine())));
+    events.push(("Released.1.failed.hex".into(), event(failed_release())));
     events
 }
 

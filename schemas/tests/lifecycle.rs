@@ -3,8 +3,8 @@
 use forebay_schemas::{
     event::{
         Body, Claimed, Event, FailureCode, FinishReason, KvLost, KvReady, KvTransferred, PrefillClaimed,
-        PrefillCompleted, PrefillQueued, RequestAccepted, RequestCancelled, RequestCompleted, RequestFailed,
-        TokensGenerated, Usage,
+        PrefillCompleted, PrefillQueued, ReleaseCause, Released, RequestAccepted, RequestCancelled,
+        RequestCompleted, RequestFailed, TokensGenerated, Usage,
     },
     ids::{RequestId, WorkerId},
     kv::{KvDtype, KvGeometry, KvHandle, KvLayout, LayoutHash, TokenRange},
@@ -24,12 +24,13 @@ enum Kind {
     KvTransferred,
     KvLost,
     TokensGenerated,
+    Drained,
     Completed,
     Failed,
     Cancelled,
 }
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 12] = [
     Kind::Claimed,
     Kind::PrefillQueued,
     Kind::PrefillClaimed,
@@ -38,6 +39,7 @@ const KINDS: [Kind; 11] = [
     Kind::KvTransferred,
     Kind::KvLost,
     Kind::TokensGenerated,
+    Kind::Drained,
     Kind::Completed,
     Kind::Failed,
     Kind::Cancelled,
@@ -50,6 +52,8 @@ fn next(phase: &Phase, kind: Kind) -> Option<Phase> {
     Some(match (phase, kind) {
         (P::Completed | P::Failed | P::Cancelled, _) => return None,
         (_, K::Claimed) => P::Claimed,
+        (P::Queued, K::Drained) => return None,
+        (_, K::Drained) => P::Queued,
         (_, K::Failed) => P::Failed,
         (_, K::Cancelled) => P::Cancelled,
         (P::Claimed, K::PrefillQueued) => P::PrefillQueued,
@@ -86,6 +90,10 @@ fn accepted() -> Event {
         stop: Vec::new(),
         ignore_eos: false,
         timeout_ms: 1000,
+        detached: false,
+        stored: false,
+        fingerprint: None,
+        echo: None,
     };
     event(0, Body::RequestAccepted(accepted))
 }
@@ -126,9 +134,12 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
     let attempt = off(state.attempt + u32::from(kind == Kind::Claimed), details.attempt_off);
     let first_index = off(state.tokens.len() as u32, details.index_off);
     let body = match kind {
-        Kind::Claimed => {
-            Body::Claimed(Claimed { worker: worker(attempt), ack_subject: "ack".into(), delivery: 1 })
-        }
+        Kind::Claimed => Body::Claimed(Claimed {
+            worker: worker(attempt),
+            ack_subject: "ack".into(),
+            delivery: 1,
+            engine: None,
+        }),
         Kind::PrefillQueued => Body::PrefillQueued(PrefillQueued { tokens: 3, reason: "long".into() }),
         Kind::PrefillClaimed => {
             Body::PrefillClaimed(PrefillClaimed { worker: worker(9), ack_subject: "ack".into(), delivery: 1 })
@@ -155,6 +166,12 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             tokens: details.tokens.clone(),
             text: details.text.clone(),
         }),
+        Kind::Drained => Body::Released(Released {
+            worker: worker(attempt),
+            cause: ReleaseCause::Drained,
+            reason: "the worker stops".into(),
+            kv: None,
+        }),
         Kind::Completed => {
             Body::RequestCompleted(RequestCompleted { reason: FinishReason::Length, usage: Usage::default() })
         }
@@ -169,6 +186,12 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
 fn details(offsets: impl Strategy<Value = i64> + Clone) -> impl Strategy<Value = Details> {
     (vec(0u32..1000, 1..4), "\\PC{0,3}", offsets.clone(), offsets)
         .prop_map(|(tokens, text, attempt_off, index_off)| Details { tokens, text, attempt_off, index_off })
+}
+
+/// Whether the last attempt has given the request back.
+fn released(history: &[Event]) -> bool {
+    let held = |event: &&Event| matches!(event.body, Body::Claimed(_) | Body::Released(_));
+    history.iter().rev().find(held).is_some_and(|event| matches!(event.body, Body::Released(_)))
 }
 
 /// Mostly 0.
@@ -215,7 +238,8 @@ proptest! {
             history.push(event);
             prop_assert_eq!(&state.phase, &phase);
             prop_assert_eq!((&state.tokens, &state.text, state.attempt), (&tokens, &text, claims));
-            prop_assert_eq!(&state.worker, &(claims > 0).then(|| worker(claims)));
+            let owned = claims > 0 && phase != Phase::Queued && !released(&history);
+            prop_assert_eq!(&state.worker, &owned.then(|| worker(claims)));
             prop_assert_eq!(state.finish.is_some(), phase == Phase::Completed);
             prop_assert!(state.kv.windows(2).all(|pair| pair[0].tokens.end() == pair[1].tokens.start));
             prop_assert_eq!(state.usage().completion_tokens as usize, tokens.len());
@@ -282,8 +306,10 @@ proptest! {
 
 #[test]
 fn a_log_begins_with_its_acceptance_and_has_one() {
-    let claim =
-        event(1, Body::Claimed(Claimed { worker: worker(1), ack_subject: "ack".into(), delivery: 1 }));
+    let claim = event(
+        1,
+        Body::Claimed(Claimed { worker: worker(1), ack_subject: "ack".into(), delivery: 1, engine: None }),
+    );
     assert_eq!(Lifecycle::begin(&claim), Err(Illegal::First("Claimed")));
     assert_eq!(Lifecycle::fold([]), Ok(None));
     let mut state = Lifecycle::begin(&accepted()).unwrap();
@@ -322,6 +348,54 @@ fn a_new_attempt_keeps_tokens_and_forgets_kv() {
     assert_eq!((state.kv.len(), state.tokens.len(), &*state.text), (2, 1, "ab"));
     state.apply(&event_of(Kind::Claimed, &state, &details)).unwrap();
     assert_eq!((state.kv.len(), state.tokens.len(), &*state.text, state.attempt), (0, 1, "ab", 2));
+}
+
+/// What a draining worker leaves is there for the next one, and for no later one.
+#[test]
+fn kv_that_was_handed_over_is_read_once_or_lost() {
+    let details = Details { tokens: vec![7, 8], text: "ab".into(), attempt_off: 0, index_off: 0 };
+    let mut state = Lifecycle::begin(&accepted()).unwrap();
+    for kind in [Kind::Claimed, Kind::TokensGenerated] {
+        state.apply(&event_of(kind, &state, &details)).unwrap();
+    }
+    let released = |count| {
+        let kv = Some(handle(worker(1), TokenRange { start: 0, count }));
+        let (cause, reason) = (ReleaseCause::Drained, "the worker stops".into());
+        event(1, Body::Released(Released { worker: worker(1), cause, reason, kv }))
+    };
+    let too_much = Illegal::TooMuchKv { event: "Released", found: 5, most: 4 };
+    assert_eq!(state.apply(&released(5)), Err(too_much));
+    state.apply(&released(4)).unwrap();
+    assert_eq!((&state.phase, &state.worker, state.fruitless), (&Phase::Queued, &None, 0));
+    let mut died = state.clone();
+    state.apply(&event_of(Kind::Claimed, &state, &details)).unwrap();
+    assert!(state.handed_over && state.kv.len() == 1);
+    let mut lost = state.clone();
+    state.apply(&event_of(Kind::KvTransferred, &state, &details)).unwrap();
+    assert_eq!((&state.phase, state.handed_over), (&Phase::Decoding, false));
+    lost.apply(&event_of(Kind::KvLost, &lost, &details)).unwrap();
+    assert!(lost.apply(&event_of(Kind::KvTransferred, &lost, &details)).is_err());
+    for _ in 0..2 {
+        died.apply(&event_of(Kind::Claimed, &died, &details)).unwrap();
+    }
+    assert_eq!((died.handed_over, died.kv.len(), died.fruitless), (false, 0, 2));
+}
+
+#[test]
+fn attempts_without_a_token_are_counted() {
+    let details = Details { tokens: vec![7], text: "a".into(), attempt_off: 0, index_off: 0 };
+    let mut state = Lifecycle::begin(&accepted()).unwrap();
+    for (kind, fruitless) in [
+        (Kind::Claimed, 1),
+        (Kind::Claimed, 2),
+        (Kind::Drained, 1),
+        (Kind::Claimed, 2),
+        (Kind::TokensGenerated, 0),
+        (Kind::Claimed, 1),
+    ] {
+        state.apply(&event_of(kind, &state, &details)).unwrap();
+        assert_eq!(state.fruitless, fruitless, "{kind:?}");
+    }
 }
 
 /// A prefill worker that was stopped and overtaken wakes up: its KV must not be taken for the other's.

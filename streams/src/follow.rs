@@ -13,7 +13,10 @@ use futures::{Stream, StreamExt, stream::BoxStream};
 use std::{
     collections::{HashMap, VecDeque},
     pin::Pin,
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -110,31 +113,41 @@ impl Follow {
     }
 }
 
-type Followers = Arc<Mutex<HashMap<RequestId, mpsc::Sender<Live>>>>;
+/// By request, then by the follower's number: a client may come back while its old connection is not known to be gone.
+type Followers = HashMap<RequestId, Vec<(u64, mpsc::Sender<Live>)>>;
 
 /// A gateway's one subscription, dealt out to the followers of its requests.
 pub struct Hub {
     backend: Arc<dyn EventLog>,
     gateway: GatewayId,
-    followers: Followers,
+    followers: Arc<Mutex<Followers>>,
+    next: AtomicU64,
     pump: tokio::task::JoinHandle<()>,
 }
 
 impl Hub {
-    /// Subscribes to all logs of a gateway.
-    pub async fn start(backend: Arc<dyn EventLog>, gateway: GatewayId) -> Result<Hub, StreamError> {
+    /// Subscribes to all logs of a gateway. `observe` sees every event that comes, whether or not somebody follows
+    /// its log; it must be quick.
+    pub async fn start(
+        backend: Arc<dyn EventLog>,
+        gateway: GatewayId,
+        observe: impl Fn(&Live) + Send + 'static,
+    ) -> Result<Hub, StreamError> {
         let live = backend.tail(&gateway).await?;
-        let followers = Followers::default();
-        let pump = tokio::spawn(pump(live, Arc::downgrade(&followers)));
-        Ok(Hub { backend, gateway, followers, pump })
+        let followers = Arc::<Mutex<Followers>>::default();
+        let pump = tokio::spawn(pump(live, Arc::downgrade(&followers), observe));
+        Ok(Hub { backend, gateway, followers, next: AtomicU64::new(0), pump })
     }
 
-    /// Follows one request's log from after a sequence. To see a request from its first event, follow before
-    /// creating the log.
+    /// Follows the log of a request that this gateway accepted, from after a sequence. To see it from its first event,
+    /// follow before creating the log.
     pub fn follow(&self, request: RequestId, after: u64) -> Follow {
         let (sender, receiver) = mpsc::channel(LIVE_MAX);
-        self.followers.lock().expect("no panics while held").insert(request, sender);
-        let live = Subscription { receiver, request, followers: Arc::downgrade(&self.followers) };
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut followers = self.followers.lock().expect("no panics while held");
+        followers.entry(request).or_default().push((number, sender));
+        drop(followers);
+        let live = Subscription { receiver, request, number, followers: Arc::downgrade(&self.followers) };
         let log = LogRef { gateway: self.gateway.clone(), request };
         Follow::new(self.backend.clone(), log, after, live.boxed())
     }
@@ -153,15 +166,20 @@ impl Drop for Hub {
 
 async fn pump(
     mut live: BoxStream<'static, Live>,
-    followers: Weak<Mutex<HashMap<RequestId, mpsc::Sender<Live>>>>,
+    followers: Weak<Mutex<Followers>>,
+    observe: impl Fn(&Live) + Send,
 ) {
     while let Some(event) = live.next().await {
+        observe(&event);
         let Some(followers) = followers.upgrade() else { return };
         let followers = followers.lock().expect("no panics while held");
-        if let Some(follower) = followers.get(&event.log.request) {
-            // Full: the follower finds the hole and reads it from the stream.
-            let _ = follower.try_send(event);
+        let Some(of_this) = followers.get(&event.log.request) else { continue };
+        let (last, others) = of_this.split_last().expect("a request without followers has no entry");
+        // Full: the follower finds the hole and reads it from the stream.
+        for (_, follower) in others {
+            let _ = follower.try_send(event.clone());
         }
+        let _ = last.1.try_send(event);
     }
 }
 
@@ -169,7 +187,8 @@ async fn pump(
 struct Subscription {
     receiver: mpsc::Receiver<Live>,
     request: RequestId,
-    followers: Weak<Mutex<HashMap<RequestId, mpsc::Sender<Live>>>>,
+    number: u64,
+    followers: Weak<Mutex<Followers>>,
 }
 
 impl Stream for Subscription {
@@ -182,8 +201,13 @@ impl Stream for Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        if let Some(followers) = self.followers.upgrade() {
-            followers.lock().expect("no panics while held").remove(&self.request);
+        let Some(followers) = self.followers.upgrade() else { return };
+        let mut followers = followers.lock().expect("no panics while held");
+        if let Some(of_this) = followers.get_mut(&self.request) {
+            of_this.retain(|(number, _)| *number != self.number);
+            if of_this.is_empty() {
+                followers.remove(&self.request);
+            }
         }
     }
 }

@@ -6,6 +6,8 @@
 //! the fence, and append what happens; [`registry::Registry`] says which models and workers there are.
 
 pub mod cancel;
+pub mod dead_letters;
+pub mod environment;
 pub mod follow;
 pub mod jetstream;
 pub mod log;
@@ -17,13 +19,15 @@ pub mod writer;
 
 use std::sync::Arc;
 
-/// The three faces of one backend.
+/// The four faces of one backend.
 #[derive(Clone)]
 pub struct Streams {
     /// Logs of requests.
     pub log: Arc<dyn log::EventLog>,
     /// Queues of tasks.
     pub tasks: Arc<dyn tasks::Tasks>,
+    /// Tasks that nobody could do.
+    pub dead_letters: Arc<dyn dead_letters::DeadLetters>,
     /// Models and workers.
     pub registry: Arc<dyn registry::Registry>,
 }

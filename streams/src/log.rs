@@ -7,10 +7,11 @@ use forebay_schemas::{
     ids::{GatewayId, RequestId},
 };
 use futures::stream::BoxStream;
-use std::fmt;
+use std::{fmt, time::Duration};
+use tokio::time::Instant;
 
 /// Which log: the request, and the gateway that answers it.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct LogRef {
     /// The gateway that accepted the request.
     pub gateway: GatewayId,
@@ -73,12 +74,58 @@ pub enum AppendError {
     Unavailable(#[from] StreamError),
 }
 
+/// Why one try at an append has no sequence.
+pub enum Refusal {
+    /// For good, as far as this append goes.
+    Final(AppendError),
+    /// No answer: it may be stored or not.
+    Unknown(String),
+}
+
+/// How long an append is tried while the backend does not answer: long enough for a restart or an election.
+const APPEND_PATIENCE: Duration = Duration::from_secs(60);
+
+/// The first pause between two tries; doubles up to [`APPEND_PAUSE_MAX`].
+const APPEND_PAUSE: Duration = Duration::from_millis(20);
+
+/// The longest pause between two tries.
+const APPEND_PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// Tries an append until it is answered, or patience ends. If a try was stored and only its answer got lost, the
+/// next one conflicts with it: the author finds its own event in the log.
+pub async fn persist<F: Future<Output = Result<u64, Refusal>>>(
+    log: &LogRef,
+    mut attempt: impl FnMut() -> F,
+) -> Result<u64, AppendError> {
+    let give_up = Instant::now() + APPEND_PATIENCE;
+    let mut pause = APPEND_PAUSE;
+    loop {
+        let trouble = match attempt().await {
+            Ok(seq) => return Ok(seq),
+            Err(Refusal::Final(error)) => return Err(error),
+            Err(Refusal::Unknown(trouble)) => trouble,
+        };
+        if Instant::now() + pause > give_up {
+            return Err(StreamError::new(format!("appending to the log of {log}"), trouble).into());
+        }
+        tracing::debug!(%log, trouble, "append not answered; trying again");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(APPEND_PAUSE_MAX);
+    }
+}
+
 /// Logs of requests.
 #[async_trait]
 pub trait EventLog: Send + Sync + 'static {
     /// Appends the event if the log's last sequence is `after` (0: the log is empty), and returns the event's
-    /// sequence. At most one append a log may be outstanding.
+    /// sequence. At most one append a log may be outstanding. See [`persist`].
     async fn append(&self, log: &LogRef, after: u64, event: &Event) -> Result<u64, AppendError>;
+
+    /// Appends the first event of a request, if no gateway has a log of that request yet.
+    async fn begin(&self, log: &LogRef, event: &Event) -> Result<u64, AppendError>;
+
+    /// Removes a log with all its events, for good.
+    async fn remove(&self, log: &LogRef) -> Result<(), StreamError>;
 
     /// All events of a log after a sequence, in order.
     async fn read(&self, log: &LogRef, after: u64) -> Result<Vec<Recorded>, StreamError>;
@@ -95,4 +142,7 @@ pub trait EventLog: Send + Sync + 'static {
 
     /// Events of one log, live, from now on; as incomplete as [`EventLog::tail`].
     async fn watch(&self, log: &LogRef) -> Result<BoxStream<'static, Live>, StreamError>;
+
+    /// Events of all logs, live, from now on; as incomplete as [`EventLog::tail`].
+    async fn tail_all(&self) -> Result<BoxStream<'static, Live>, StreamError>;
 }

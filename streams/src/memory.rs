@@ -2,21 +2,23 @@
 
 use crate::{
     StreamError, Streams,
+    dead_letters::{DeadLetters, Receipt, Spent},
     log::{AppendError, EventLog, Live, LogRef, Recorded},
     registry::{Models, Registry, Workers, blob_name},
-    tasks::{CancelSignal, Delivery, Depth, EnqueueError, Tasks, Verdict},
+    tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
 use forebay_schemas::{
     card::{BlobRef, ModelCard, WorkerLease},
+    dead_letter::DeadLetter,
     event::Event,
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
     task::Role,
 };
 use futures::{StreamExt, stream::BoxStream};
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -27,6 +29,9 @@ use tokio::{
 
 /// Live events and signals that wait for each reader; a reader that is slower loses some, as over NATS.
 const LIVE_MAX: usize = 65_536;
+
+/// What acknowledgement subjects begin with; the number of the delivery follows.
+const ACK: &str = "memory.ack.";
 
 /// Bounds and times of the in-memory backend.
 #[derive(Clone, Debug)]
@@ -46,8 +51,8 @@ impl Default for Limits {
         Limits {
             queue_max: 4096,
             ack_wait: Duration::from_secs(30),
-            max_deliver: 5,
-            lease_time: Duration::from_secs(10),
+            max_deliver: 100,
+            lease_time: Duration::from_millis(1500),
         }
     }
 }
@@ -60,7 +65,7 @@ pub fn streams() -> Streams {
 /// A fresh backend.
 pub fn streams_with(limits: Limits) -> Streams {
     let memory = Arc::new(Memory::new(limits));
-    Streams { log: memory.clone(), tasks: memory.clone(), registry: memory }
+    Streams { log: memory.clone(), tasks: memory.clone(), dead_letters: memory.clone(), registry: memory }
 }
 
 struct Memory {
@@ -68,6 +73,8 @@ struct Memory {
     state: Mutex<State>,
     live: broadcast::Sender<Live>,
     signals: broadcast::Sender<(WorkerId, CancelSignal)>,
+    /// Workers that hear signals, and how many of their streams do.
+    listening: Arc<Mutex<BTreeMap<WorkerId, usize>>>,
     /// Something was queued or became due again.
     work: Notify,
     models: watch::Sender<Models>,
@@ -75,12 +82,12 @@ struct Memory {
 }
 
 struct Leases {
-    until: Mutex<HashMap<WorkerId, (WorkerLease, Instant)>>,
+    until: Mutex<BTreeMap<WorkerId, (WorkerLease, Instant)>>,
     living: watch::Sender<Workers>,
 }
 
 impl Leases {
-    fn change(&self, change: impl FnOnce(&mut HashMap<WorkerId, (WorkerLease, Instant)>)) {
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<WorkerId, (WorkerLease, Instant)>)) {
         let mut leases = self.until.lock().expect("no panics while held");
         change(&mut leases);
         let now = Instant::now();
@@ -94,18 +101,24 @@ impl Leases {
 #[derive(Default)]
 struct State {
     seq: u64,
-    logs: HashMap<LogRef, Vec<Recorded>>,
-    queues: HashMap<(Role, ModelKey), Queue>,
+    logs: BTreeMap<LogRef, Vec<Recorded>>,
+    queues: BTreeMap<(Role, ModelKey), Queue>,
     /// Every id that a task was published under.
-    published: HashSet<String>,
+    published: BTreeSet<String>,
     deliveries: u64,
-    blobs: HashMap<String, Bytes>,
+    blobs: BTreeMap<String, Bytes>,
+    letters: Vec<DeadLetter>,
+    /// Tasks that were delivered as often as they may be, and whether somebody has found them.
+    spent: BTreeMap<u64, (Spent, bool)>,
 }
 
 #[derive(Default)]
 struct Queue {
     pending: VecDeque<Queued>,
-    delivered: HashMap<String, (Queued, Instant)>,
+    /// By the number of the delivery.
+    delivered: BTreeMap<u64, (Queued, Instant)>,
+    /// Given back for later.
+    waiting: Vec<(Queued, Instant)>,
 }
 
 struct Queued {
@@ -120,6 +133,7 @@ impl Memory {
             state: Mutex::default(),
             live: broadcast::channel(LIVE_MAX).0,
             signals: broadcast::channel(LIVE_MAX).0,
+            listening: Arc::default(),
             work: Notify::new(),
             models: watch::channel(Models::default()).0,
             leases: Arc::new(Leases {
@@ -141,33 +155,37 @@ impl Memory {
     fn take(&self, role: Role, model: &ModelKey) -> Result<Delivery, Option<Instant>> {
         let mut state = self.state();
         state.deliveries += 1;
-        let ack_subject = format!("memory.ack.{}", state.deliveries);
-        let queue = state.queues.entry((role, model.clone())).or_default();
+        let number = state.deliveries;
+        let State { queues, spent, .. } = &mut *state;
+        let queue = queues.entry((role, model.clone())).or_default();
         let now = Instant::now();
-        let due: Vec<String> = queue
-            .delivered
-            .iter()
-            .filter(|(_, (_, until))| *until <= now)
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in due {
+        let late: Vec<u64> =
+            queue.delivered.iter().filter(|(_, (_, until))| *until <= now).map(|(key, _)| *key).collect();
+        for key in late {
             let (task, _) = queue.delivered.remove(&key).expect("just listed");
+            queue.pending.push_front(task);
+        }
+        for (task, _) in queue.waiting.extract_if(.., |(_, until)| *until <= now) {
             queue.pending.push_front(task);
         }
         while let Some(mut task) = queue.pending.pop_front() {
             if task.deliveries >= self.limits.max_deliver {
+                let receipt = Receipt { ack_subject: String::new(), seq: number };
+                let (payload, deliveries) = (task.payload, task.deliveries);
+                spent.insert(number, (Spent { role, payload, deliveries, receipt }, false));
                 continue;
             }
             task.deliveries += 1;
             let delivery = Delivery {
                 payload: task.payload.clone(),
-                ack_subject: ack_subject.clone(),
+                ack_subject: format!("{ACK}{number}"),
                 delivery: task.deliveries,
             };
-            queue.delivered.insert(ack_subject, (task, now + self.limits.ack_wait));
+            queue.delivered.insert(number, (task, now + self.limits.ack_wait));
             return Ok(delivery);
         }
-        Err(queue.delivered.values().map(|(_, until)| *until).min())
+        let delivered = queue.delivered.values().map(|(_, until)| *until);
+        Err(delivered.chain(queue.waiting.iter().map(|(_, until)| *until)).min())
     }
 }
 
@@ -185,6 +203,73 @@ fn received<T: Clone + Send + 'static>(receiver: broadcast::Receiver<T>) -> BoxS
     .boxed()
 }
 
+/// A worker hears signals for as long as this lives.
+struct Listens {
+    all: Arc<Mutex<BTreeMap<WorkerId, usize>>>,
+    worker: WorkerId,
+}
+
+impl Listens {
+    fn new(all: &Arc<Mutex<BTreeMap<WorkerId, usize>>>, worker: &WorkerId) -> Listens {
+        *all.lock().expect("no panics while held").entry(worker.clone()).or_default() += 1;
+        Listens { all: all.clone(), worker: worker.clone() }
+    }
+}
+
+impl Drop for Listens {
+    fn drop(&mut self) {
+        let mut all = self.all.lock().expect("no panics while held");
+        if let Some(count) = all.get_mut(&self.worker) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(&self.worker);
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl DeadLetters for Memory {
+    async fn bury(&self, letter: &DeadLetter) -> Result<(), StreamError> {
+        let letters = &mut self.state().letters;
+        letters.retain(|old| (old.request, old.role) != (letter.request, letter.role));
+        letters.push(letter.clone());
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<DeadLetter>, StreamError> {
+        Ok(self.state().letters.clone())
+    }
+
+    async fn drop_letter(&self, request: RequestId) -> Result<u64, StreamError> {
+        Ok(self.state().letters.extract_if(.., |letter| letter.request == request).count() as u64)
+    }
+
+    async fn spent(&self, wait: Duration) -> Result<Option<Spent>, StreamError> {
+        let find = || {
+            let mut state = self.state();
+            let (spent, found) = state.spent.values_mut().find(|(_, found)| !found)?;
+            *found = true;
+            Some(spent.clone())
+        };
+        let deadline = Instant::now() + wait;
+        loop {
+            let news = self.work.notified();
+            if let Some(spent) = find() {
+                return Ok(Some(spent));
+            }
+            if tokio::time::timeout_at(deadline, news).await.is_err() {
+                return Ok(find());
+            }
+        }
+    }
+
+    async fn settle(&self, spent: &Spent) -> Result<(), StreamError> {
+        self.state().spent.remove(&spent.receipt.seq);
+        Ok(())
+    }
+}
+
 #[async_trait]
 impl EventLog for Memory {
     async fn append(&self, log: &LogRef, after: u64, event: &Event) -> Result<u64, AppendError> {
@@ -200,6 +285,18 @@ impl EventLog for Memory {
         state.seq = seq;
         let _ = self.live.send(Live { log: log.clone(), previous, recorded });
         Ok(seq)
+    }
+
+    async fn begin(&self, log: &LogRef, event: &Event) -> Result<u64, AppendError> {
+        if self.state().logs.keys().any(|known| known.request == log.request) {
+            return Err(AppendError::Conflict { log: log.clone(), after: 0 });
+        }
+        self.append(log, 0, event).await
+    }
+
+    async fn remove(&self, log: &LogRef) -> Result<(), StreamError> {
+        self.state().logs.remove(log);
+        Ok(())
     }
 
     async fn read(&self, log: &LogRef, after: u64) -> Result<Vec<Recorded>, StreamError> {
@@ -225,6 +322,10 @@ impl EventLog for Memory {
         let log = log.clone();
         Ok(self.subscribe(move |live| live.log == log))
     }
+
+    async fn tail_all(&self) -> Result<BoxStream<'static, Live>, StreamError> {
+        Ok(self.subscribe(|_| true))
+    }
 }
 
 #[async_trait]
@@ -245,7 +346,7 @@ impl Tasks for Memory {
             return Ok(());
         }
         let queue = state.queues.entry((role, model.clone())).or_default();
-        if queue.pending.len() + queue.delivered.len() >= self.limits.queue_max {
+        if queue.pending.len() + queue.delivered.len() + queue.waiting.len() >= self.limits.queue_max {
             return Err(EnqueueError::Full { role, model: model.clone() });
         }
         queue.pending.push_back(Queued { payload, deliveries: 0 });
@@ -278,19 +379,21 @@ impl Tasks for Memory {
 
     async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
         let mut state = self.state();
+        let Some(number) = ack_subject.strip_prefix(ACK).and_then(|number| number.parse().ok()) else {
+            return Ok(());
+        };
         for queue in state.queues.values_mut() {
+            if verdict == Verdict::Progress {
+                if let Some((_, until)) = queue.delivered.get_mut(&number) {
+                    *until = Instant::now() + self.limits.ack_wait;
+                }
+                continue;
+            }
+            let Some((task, _)) = queue.delivered.remove(&number) else { continue };
             match verdict {
-                Verdict::Ack => drop(queue.delivered.remove(ack_subject)),
-                Verdict::Nak => {
-                    if let Some((task, _)) = queue.delivered.remove(ack_subject) {
-                        queue.pending.push_front(task);
-                    }
-                }
-                Verdict::Progress => {
-                    if let Some((_, until)) = queue.delivered.get_mut(ack_subject) {
-                        *until = Instant::now() + self.limits.ack_wait;
-                    }
-                }
+                Verdict::Nak => queue.pending.push_front(task),
+                Verdict::Later(delay) => queue.waiting.push((task, Instant::now() + delay)),
+                Verdict::Ack | Verdict::Progress => {}
             }
         }
         drop(state);
@@ -310,7 +413,7 @@ impl Tasks for Memory {
         let state = self.state();
         Ok(state.queues.get(&(role, model.clone())).map_or(Depth::default(), |queue| Depth {
             pending: queue.pending.len() as u64,
-            ack_pending: queue.delivered.len() as u64,
+            ack_pending: (queue.delivered.len() + queue.waiting.len()) as u64,
         }))
     }
 
@@ -323,11 +426,18 @@ impl Tasks for Memory {
         &self,
         worker: &WorkerId,
     ) -> Result<BoxStream<'static, CancelSignal>, StreamError> {
+        let listens = Listens::new(&self.listening, worker);
         let worker = worker.clone();
         let mine = move |(to, signal): (WorkerId, CancelSignal)| {
             futures::future::ready((to == worker).then_some(signal))
         };
-        Ok(received(self.signals.subscribe()).filter_map(mine).boxed())
+        let signals = received(self.signals.subscribe()).filter_map(mine);
+        Ok(signals.map(move |signal| (signal, &listens).0).boxed())
+    }
+
+    async fn presence(&self, worker: &WorkerId, _wait: Duration) -> Result<Presence, StreamError> {
+        let listening = self.listening.lock().expect("no panics while held");
+        Ok(if listening.contains_key(worker) { Presence::Answers } else { Presence::Gone })
     }
 }
 

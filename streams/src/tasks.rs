@@ -51,6 +51,8 @@ pub enum Verdict {
     Ack,
     /// Not here: redeliver at once.
     Nak,
+    /// Not now: redeliver after a while.
+    Later(Duration),
     /// Still at it: don't redeliver yet.
     Progress,
 }
@@ -73,6 +75,17 @@ pub struct CancelSignal {
     pub request: RequestId,
     /// Why, for the log.
     pub cause: String,
+}
+
+/// What came of asking whether a worker is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// It answered.
+    Answers,
+    /// Its connection is open, but it did not answer in time: busy, frozen, or cut off.
+    Silent,
+    /// It has no connection: it has ended, or is about to connect again.
+    Gone,
 }
 
 /// Queues of tasks, and the one signal that does not wait in a queue.
@@ -104,7 +117,7 @@ pub trait Tasks: Send + Sync + 'static {
     /// After how long without a verdict a task is delivered again. Workers send progress three times as often.
     fn ack_wait(&self) -> Duration;
 
-    /// How often a task is delivered at most.
+    /// How often a task is delivered at most: a backstop. What counts is how often it was claimed in vain.
     fn max_deliver(&self) -> u64;
 
     /// How much work waits.
@@ -113,7 +126,10 @@ pub trait Tasks: Send + Sync + 'static {
     /// Tells a worker to stop. Best effort: the log decides.
     async fn signal_cancel(&self, worker: &WorkerId, signal: &CancelSignal) -> Result<(), StreamError>;
 
-    /// Signals for a worker, from now on.
+    /// Asks whether a worker is there, and waits up to `wait` for an answer.
+    async fn presence(&self, worker: &WorkerId, wait: Duration) -> Result<Presence, StreamError>;
+
+    /// Signals for a worker, from now on. For as long as they are read, the worker answers [`Tasks::presence`].
     async fn cancel_signals(
         &self,
         worker: &WorkerId,

@@ -2,16 +2,14 @@
 
 use crate::{
     StreamError,
+    environment::now_us,
     log::{AppendError, EventLog, LogRef, Recorded},
 };
 use forebay_schemas::{
     event::{Body, Event, RequestAccepted},
     lifecycle::{Illegal, Lifecycle},
 };
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{sync::Arc, time::Duration};
 
 /// How often an append that keeps meeting other authors' events is decided again.
 const CONFLICTS_MAX: u32 = 32;
@@ -58,13 +56,9 @@ pub enum WriteError {
     },
 }
 
-/// Now, in microseconds since the Unix epoch.
-pub fn now_us() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
-}
-
 impl LogWriter {
-    /// Begins a log. The request counts as accepted once this returns.
+    /// Begins a log. The request counts as accepted once this returns. A conflict means that the request has a log
+    /// already, which another client or gateway began.
     pub async fn create(
         backend: Arc<dyn EventLog>,
         log: LogRef,
@@ -76,10 +70,12 @@ impl LogWriter {
             time_us: now_us(),
             body: Body::RequestAccepted(accepted),
         };
-        let seq = match backend.append(&log, 0, &event).await {
-            // The only author of a new log can only conflict with its own append, whose answer was lost.
-            Err(AppendError::Conflict { .. }) => {
-                backend.read(&log, 0).await?.first().map_or(0, |first| first.seq)
+        let seq = match backend.begin(&log, &event).await {
+            // Perhaps with its own append, whose answer was lost.
+            Err(conflict @ AppendError::Conflict { .. }) => {
+                let recorded = backend.read(&log, 0).await?;
+                let own = recorded.first().filter(|first| first.event == event);
+                own.ok_or(conflict)?.seq
             }
             other => other?,
         };

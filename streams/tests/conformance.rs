@@ -2,6 +2,7 @@
 
 use forebay_schemas::{
     card::{ModelCard, SamplingDefaults, WorkerLease},
+    dead_letter::DeadLetter,
     event::{Body, Claimed, Event, RequestAccepted, RequestCancelled, TokensGenerated},
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
     kv::LayoutHash,
@@ -16,7 +17,7 @@ use forebay_streams::{
     log::{AppendError, LogRef},
     memory,
     server::Server,
-    tasks::{CancelSignal, Depth, EnqueueError, Verdict, enqueue},
+    tasks::{CancelSignal, Depth, EnqueueError, Presence, Verdict, enqueue},
     writer::{LogWriter, WriteError},
 };
 use futures::StreamExt;
@@ -86,6 +87,13 @@ conformance! {
     models_outlive_and_leases_lapse,
     blobs_read_back,
     signals_reach_their_worker,
+    a_request_is_begun_once_whatever_the_gateway,
+    a_log_can_be_removed,
+    two_followers_of_one_request_miss_nothing,
+    a_task_given_back_for_later_comes_later,
+    a_workers_presence_is_known,
+    spent_tasks_are_found_and_settled,
+    dead_letters_are_kept_and_dropped,
 }
 
 fn gateway() -> GatewayId {
@@ -110,11 +118,15 @@ fn accepted() -> RequestAccepted {
         stop: vec![],
         ignore_eos: false,
         timeout_ms: 60_000,
+        detached: false,
+        stored: false,
+        fingerprint: None,
+        echo: None,
     }
 }
 
 fn claim(name: &str) -> Body {
-    Body::Claimed(Claimed { worker: worker(name), ack_subject: "ack".into(), delivery: 1 })
+    Body::Claimed(Claimed { worker: worker(name), ack_subject: "ack".into(), delivery: 1, engine: None })
 }
 
 fn token(index: u32) -> Body {
@@ -217,7 +229,7 @@ async fn write_a_life(streams: &Streams, log: &LogRef, tokens: u32) {
 }
 
 async fn a_follower_misses_nothing(streams: Streams) {
-    let hub = Hub::start(streams.log.clone(), gateway()).await.unwrap();
+    let hub = Hub::start(streams.log.clone(), gateway(), |_| {}).await.unwrap();
     let logs: Vec<LogRef> = (0..8).map(|_| log()).collect();
     let followers: Vec<_> =
         logs.iter().map(|log| tokio::spawn(follow_to_end(hub.follow(log.request, 0)))).collect();
@@ -232,7 +244,7 @@ async fn a_follower_misses_nothing(streams: Streams) {
 }
 
 async fn a_follower_of_a_stuck_client_catches_up(streams: Streams) {
-    let hub = Hub::start(streams.log.clone(), gateway()).await.unwrap();
+    let hub = Hub::start(streams.log.clone(), gateway(), |_| {}).await.unwrap();
     let log = log();
     let stuck = hub.follow(log.request, 0);
     // Far more events than wait for one follower, none of which is taken meanwhile.
@@ -256,6 +268,14 @@ fn model() -> ModelKey {
 
 fn task() -> DecodeTask {
     DecodeTask { request: RequestId::new(), gateway: gateway(), model: model() }
+}
+
+/// A task in its queue.
+async fn queued(streams: &Streams) -> DecodeTask {
+    streams.tasks.ensure(&model()).await.unwrap();
+    let task = task();
+    enqueue(&*streams.tasks, &task).await.unwrap();
+    task
 }
 
 async fn pull(streams: &Streams, wait_ms: u64) -> Option<forebay_streams::tasks::Delivery> {
@@ -413,7 +433,7 @@ mod server_faults {
         let mut server = Server::start(None, folder.path(), 0).unwrap();
         let streams = connect(&server).await;
         let log = log();
-        let hub = Hub::start(streams.log.clone(), gateway()).await.unwrap();
+        let hub = Hub::start(streams.log.clone(), gateway(), |_| {}).await.unwrap();
         let follower = tokio::spawn(follow_to_end(hub.follow(log.request, 0)));
         let mut writer = create(&streams, &log).await;
         writer.append(claim("w-1")).await.unwrap();
@@ -488,4 +508,105 @@ mod server_faults {
         assert!(error.contains("no NATS server answers at nats://127.0.0.1:1"), "{error}");
         assert!(error.contains("forebay up"), "{error}");
     }
+}
+
+async fn a_request_is_begun_once_whatever_the_gateway(streams: Streams) {
+    let first = log();
+    let second = LogRef { gateway: GatewayId::new("gw-other").unwrap(), ..first.clone() };
+    LogWriter::create(streams.log.clone(), first.clone(), accepted()).await.unwrap();
+    for again in [&first, &second] {
+        let refused = LogWriter::create(streams.log.clone(), again.clone(), accepted()).await;
+        assert!(matches!(refused, Err(AppendError::Conflict { .. })));
+    }
+    assert_eq!(streams.log.find(first.request).await.unwrap(), Some(first));
+    // Another request of the same gateways is none of its business.
+    LogWriter::create(streams.log.clone(), log(), accepted()).await.unwrap();
+}
+
+async fn a_log_can_be_removed(streams: Streams) {
+    let (gone, stays) = (log(), log());
+    for log in [&gone, &stays] {
+        LogWriter::create(streams.log.clone(), log.clone(), accepted()).await.unwrap();
+    }
+    streams.log.remove(&gone).await.unwrap();
+    assert_eq!(streams.log.find(gone.request).await.unwrap(), None);
+    assert_eq!(streams.log.read(&stays, 0).await.unwrap().len(), 1);
+    let open = LogWriter::open(streams.log.clone(), gone).await;
+    assert!(matches!(open, Err(WriteError::Missing(_))));
+}
+
+async fn two_followers_of_one_request_miss_nothing(streams: Streams) {
+    let hub = Hub::start(streams.log.clone(), gateway(), |_| {}).await.unwrap();
+    let log = log();
+    let (mut one, mut two) = (hub.follow(log.request, 0), hub.follow(log.request, 0));
+    let mut writer = LogWriter::create(streams.log.clone(), log.clone(), accepted()).await.unwrap();
+    one.next().await.unwrap();
+    drop(one);
+    writer.append(claim("w")).await.unwrap();
+    for name in ["RequestAccepted", "Claimed"] {
+        assert_eq!(two.next().await.unwrap().event.body.name(), name);
+    }
+    assert_eq!(hub.followed(), 1);
+    drop(two);
+    assert_eq!(hub.followed(), 0);
+}
+
+async fn a_task_given_back_for_later_comes_later(streams: Streams) {
+    let task = queued(&streams).await;
+    let pull = async |wait| streams.tasks.pull(Role::Decode, &task.model, wait).await.unwrap();
+    let first = pull(Duration::from_secs(5)).await.expect("a task");
+    streams.tasks.answer(&first.ack_subject, Verdict::Later(Duration::from_millis(600))).await.unwrap();
+    assert_eq!(pull(Duration::from_millis(200)).await, None);
+    assert_eq!(pull(Duration::from_secs(5)).await.expect("the task again").delivery, 2);
+}
+
+async fn a_workers_presence_is_known(streams: Streams) {
+    let worker = worker("worker-1");
+    let presence = async || streams.tasks.presence(&worker, Duration::from_secs(2)).await.unwrap();
+    assert_eq!(presence().await, Presence::Gone);
+    let mut signals = streams.tasks.cancel_signals(&worker).await.unwrap();
+    let reading = tokio::spawn(async move { signals.next().await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(presence().await, Presence::Answers);
+    reading.abort();
+    let _ = reading.await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(presence().await, Presence::Gone);
+}
+
+async fn spent_tasks_are_found_and_settled(streams: Streams) {
+    let task = queued(&streams).await;
+    let pull = async || streams.tasks.pull(Role::Decode, &task.model, Duration::from_secs(2)).await.unwrap();
+    for _ in 0..3 {
+        let delivery = pull().await.expect("a task");
+        streams.tasks.answer(&delivery.ack_subject, Verdict::Nak).await.unwrap();
+    }
+    assert_eq!(pull().await, None);
+    let spent = async |wait| streams.dead_letters.spent(Duration::from_secs(wait)).await.unwrap();
+    let found = spent(10).await.expect("a spent task");
+    assert_eq!((found.role, DecodeTask::decode(&found.payload).unwrap()), (Role::Decode, task));
+    streams.dead_letters.settle(&found).await.unwrap();
+    assert_eq!(spent(1).await, None);
+}
+
+async fn dead_letters_are_kept_and_dropped(streams: Streams) {
+    let letter = |request, reason: &str| DeadLetter {
+        request,
+        gateway: gateway(),
+        model: ModelKey::of("m"),
+        role: Role::Decode,
+        code: None,
+        reason: reason.into(),
+        attempts: 5,
+        time_us: 1,
+    };
+    let (one, two) = (RequestId::new(), RequestId::new());
+    let letters = &streams.dead_letters;
+    for (request, reason) in [(one, "first"), (two, "other"), (one, "second")] {
+        letters.bury(&letter(request, reason)).await.unwrap();
+    }
+    assert_eq!(letters.list().await.unwrap(), [letter(two, "other"), letter(one, "second")]);
+    assert_eq!(letters.drop_letter(one).await.unwrap(), 1);
+    assert_eq!(letters.drop_letter(one).await.unwrap(), 0);
+    assert_eq!(letters.list().await.unwrap(), [letter(two, "other")]);
 }

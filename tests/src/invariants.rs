@@ -147,6 +147,10 @@ mod tests {
             stop: vec![],
             ignore_eos: false,
             timeout_ms: 1000,
+            detached: false,
+            stored: false,
+            fingerprint: None,
+            echo: None,
         });
         let bodies = [(0, accepted)].into_iter().chain(bodies);
         (1..)
@@ -159,7 +163,12 @@ mod tests {
     }
 
     fn claimed() -> Body {
-        Body::Claimed(Claimed { worker: WorkerId::new("w").unwrap(), ack_subject: "a".into(), delivery: 1 })
+        Body::Claimed(Claimed {
+            worker: WorkerId::new("w").unwrap(),
+            ack_subject: "a".into(),
+            delivery: 1,
+            engine: None,
+        })
     }
 
     fn tokens(first_index: u32, tokens: &[u32]) -> Body {

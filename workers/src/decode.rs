@@ -13,8 +13,8 @@ use crate::{
 };
 use forebay_schemas::{
     event::{
-        Body, Claimed, FailureCode, FinishReason, KvLost, KvTransferred, PrefillQueued, RequestCancelled,
-        RequestCompleted, RequestFailed, TokensGenerated,
+        Body, Claimed, EngineRef, FailureCode, FinishReason, KvLost, KvTransferred, PrefillQueued,
+        RequestCancelled, RequestCompleted, RequestFailed, TokensGenerated,
     },
     kv::KvHandle,
     lifecycle::{Lifecycle, Phase},
@@ -22,10 +22,11 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     StreamError,
+    environment::{now_us, off_thread},
     follow::Follow,
     log::LogRef,
     tasks::{Delivery, Verdict, enqueue},
-    writer::{LogWriter, WriteError, now_us},
+    writer::{LogWriter, WriteError},
 };
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
@@ -84,6 +85,7 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) ->
     let unwanted = worker.enter(log.request);
     let attempt = Attempt { worker, log, slot: &slot };
     let outcome = tokio::select! {
+        biased;
         outcome = attempt.run(delivery) => outcome,
         cause = unwanted.raised() => cancel(worker, log, cause).await,
     };
@@ -208,6 +210,10 @@ impl Attempt<'_> {
             worker: self.worker.id.clone(),
             ack_subject: delivery.ack_subject.clone(),
             delivery: delivery.delivery,
+            engine: Some(EngineRef {
+                layout_hash: self.worker.model.layout_hash,
+                weights: self.worker.model.weights.clone(),
+            }),
         };
         writer.append(Body::Claimed(claimed)).await?;
 
@@ -377,8 +383,7 @@ impl Attempt<'_> {
                 transport: transport.name().to_owned(),
             })
         };
-        let panicked = |panic| Err(ReadError::BadHandle(format!("the read failed: {panic}")));
-        tokio::task::spawn_blocking(read).await.unwrap_or_else(panicked)
+        off_thread(read).await
     }
 
     /// Appends tokens as they come. One append is outstanding at a time; tokens made meanwhile share the next.
@@ -421,13 +426,14 @@ impl Attempt<'_> {
 fn release(worker: &Arc<Worker>, state: &Lifecycle) {
     let Some(first) = state.kv.first().cloned() else { return };
     let worker = worker.clone();
-    tokio::task::spawn_blocking(move || {
+    let give_back = move || {
         if let Ok(transport) = transport(&worker, &first)
             && transport.claim(&first).is_ok()
         {
             transport.release(&first);
         }
-    });
+    };
+    tokio::spawn(off_thread(give_back));
 }
 
 /// The way to the worker that holds a handle's bytes. Blocks, for a moment, the first time.

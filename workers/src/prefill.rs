@@ -17,12 +17,13 @@ use forebay_schemas::{
     task::{PrefillTask, Task},
 };
 use forebay_streams::{
+    environment::off_thread,
     log::LogRef,
     tasks::{Delivery, Verdict},
     writer::{LogWriter, WriteError},
 };
-use std::{sync::Arc, time::Instant};
-use tokio::sync::Semaphore;
+use std::sync::Arc;
+use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// Prompts that a worker holds in front of their prefill: one that runs, and one to go on with. Further ones stay
@@ -173,9 +174,7 @@ async fn give_up(worker: &Worker, task: &PrefillTask, error: &EngineError) {
 async fn seal(worker: &Arc<Worker>, slot: &Arc<Slot>, lease: &Sealed, tokens: TokenRange) -> KvHandle {
     let layout = worker.runner.card().layout;
     let (runner, held) = (worker.runner.clone(), slot.clone());
-    let checksums = tokio::task::spawn_blocking(move || sums(runner.kv(), &layout, held.index(), tokens))
-        .await
-        .expect("summing does not panic");
+    let checksums = off_thread(move || sums(runner.kv(), &layout, held.index(), tokens)).await;
     KvHandle {
         agent: worker.id.clone(),
         incarnation: worker.incarnation,

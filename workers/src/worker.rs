@@ -13,13 +13,13 @@ use forebay_schemas::{
     task::Role,
 };
 use forebay_streams::{
-    StreamError, Streams,
+    StreamError, Streams, environment,
     registry::Workers,
     tasks::{Delivery, Verdict},
 };
 use futures::StreamExt;
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
@@ -86,7 +86,7 @@ pub(crate) struct Worker {
     pub(crate) leases: Leases,
     pub(crate) peers: KvPeers,
     pub(crate) workers: watch::Receiver<Workers>,
-    running: Mutex<HashMap<RequestId, CancelFlag>>,
+    running: Mutex<BTreeMap<RequestId, CancelFlag>>,
 }
 
 /// Raised when a request is no longer wanted; carries the cause.
@@ -120,8 +120,8 @@ pub async fn run(
     streams: Streams,
     stop: CancellationToken,
 ) -> Result<(), WorkerError> {
-    let id = WorkerId::random(config.role.as_str());
-    let incarnation = forebay_streams::writer::now_us();
+    let id: WorkerId = environment::name(config.role.as_str());
+    let incarnation = environment::now_us();
     let EngineCard { layout, layout_hash, .. } = *engine.card();
     let runner = Runner::start(engine, config.chunk_tokens);
     let leases = Leases::create(layout.slots)?;
@@ -151,6 +151,7 @@ pub async fn run(
         tokio::spawn(worker.clone().hear_cancels()),
     ];
     let outcome = tokio::select! {
+        biased;
         () = worker.clone().serve(stop) => Ok(()),
         () = worker.runner.stopped() => Err(EngineStopped.into()),
     };
@@ -186,6 +187,7 @@ impl Worker {
         while !stop.is_cancelled() {
             let pull = self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait());
             let pulled = tokio::select! {
+                biased;
                 pulled = pull => pulled,
                 () = stop.cancelled() => return None,
             };

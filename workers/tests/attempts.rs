@@ -31,6 +31,10 @@ fn accepted(prompt: u32, max_tokens: u32) -> RequestAccepted {
         stop: vec![],
         ignore_eos: true,
         timeout_ms: 60_000,
+        detached: false,
+        stored: false,
+        fingerprint: None,
+        echo: None,
     }
 }
 
@@ -39,7 +43,12 @@ async fn taken_over(accepted: RequestAccepted, generated: u32) -> Body {
     let streams = memory::streams();
     let log = LogRef { gateway: GatewayId::new("gw").unwrap(), request: RequestId::new() };
     let mut writer = LogWriter::create(streams.log.clone(), log.clone(), accepted).await.unwrap();
-    let dead = Claimed { worker: WorkerId::new("dead").unwrap(), ack_subject: "gone".into(), delivery: 1 };
+    let dead = Claimed {
+        worker: WorkerId::new("dead").unwrap(),
+        ack_subject: "gone".into(),
+        delivery: 1,
+        engine: None,
+    };
     writer.append(Body::Claimed(dead)).await.unwrap();
     if generated > 0 {
         let tokens =

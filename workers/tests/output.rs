@@ -48,9 +48,17 @@ impl Ask {
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
             timeout_ms: 1000,
+            detached: false,
+            stored: false,
+            fingerprint: None,
+            echo: None,
         };
-        let claimed =
-            Claimed { worker: WorkerId::new("worker").unwrap(), ack_subject: "ack".into(), delivery: 1 };
+        let claimed = Claimed {
+            worker: WorkerId::new("worker").unwrap(),
+            ack_subject: "ack".into(),
+            delivery: 1,
+            engine: None,
+        };
         let generated = TokensGenerated { first_index: 0, tokens: tokens.to_vec(), text: text.to_owned() };
         let request = RequestId::from_parts(0, &[0; 10]);
         let event = |attempt, body| Event { request, attempt, time_us: 0, body };

@@ -10,7 +10,7 @@ use forebay_schemas::{
     card::ModelCard,
     openai::{ChatRequest, Content, Message},
 };
-use forebay_streams::registry::Registry;
+use forebay_streams::{environment::off_thread, registry::Registry};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
 use tokio::sync::Semaphore;
@@ -66,9 +66,7 @@ pub(super) async fn load(registry: &dyn Registry, card: Arc<ModelCard>) -> Resul
         })
     };
     // Tokenizers of large vocabularies take most of a second.
-    tokio::task::spawn_blocking(load)
-        .await
-        .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?
+    off_thread(load).await
 }
 
 impl Model {
@@ -79,9 +77,7 @@ impl Model {
         }
         let _turn = LARGE.acquire().await.expect("never closed");
         let (model, request) = (self.clone(), request.clone());
-        tokio::task::spawn_blocking(move || model.prompt_now(&request))
-            .await
-            .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?
+        off_thread(move || model.prompt_now(&request)).await
     }
 
     fn prompt_now(&self, request: &ChatRequest) -> Result<Vec<u32>, ApiError> {

@@ -121,6 +121,10 @@ mod tests {
             stop: vec![],
             ignore_eos: false,
             timeout_ms: 1,
+            detached: false,
+            stored: false,
+            fingerprint: None,
+            echo: None,
         };
         let request = RequestId::from_parts(0, &[0; 10]);
         let event = Event {

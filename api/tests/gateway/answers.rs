@@ -136,6 +136,7 @@ async fn a_second_attempt_goes_on_where_the_first_stopped() {
         worker: WorkerId::new("worker-2").unwrap(),
         ack_subject: String::new(),
         delivery: 2,
+        engine: None,
     };
     first.writer.append(Body::Claimed(claimed)).await.unwrap();
     first.text("two").await;

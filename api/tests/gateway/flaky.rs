@@ -53,6 +53,16 @@ impl EventLog for FlakyLog {
         self.log.append(log, after, event).await
     }
 
+    async fn begin(&self, log: &LogRef, event: &Event) -> Result<u64, AppendError> {
+        self.switch.check()?;
+        self.log.begin(log, event).await
+    }
+
+    async fn remove(&self, log: &LogRef) -> Result<(), StreamError> {
+        self.switch.check()?;
+        self.log.remove(log).await
+    }
+
     async fn read(&self, log: &LogRef, after: u64) -> Result<Vec<Recorded>, StreamError> {
         self.switch.check()?;
         self.log.read(log, after).await
@@ -76,5 +86,10 @@ impl EventLog for FlakyLog {
     async fn watch(&self, log: &LogRef) -> Result<BoxStream<'static, Live>, StreamError> {
         self.switch.check()?;
         self.log.watch(log).await
+    }
+
+    async fn tail_all(&self) -> Result<BoxStream<'static, Live>, StreamError> {
+        self.switch.check()?;
+        self.log.tail_all().await
     }
 }

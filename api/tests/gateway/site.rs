@@ -88,6 +88,7 @@ impl Site {
             worker: WorkerId::new("worker-1").unwrap(),
             ack_subject: delivery.ack_subject.clone(),
             delivery: delivery.delivery,
+            engine: None,
         };
         writer.append(Body::Claimed(claimed)).await.unwrap();
         Attempt { streams: self.streams.clone(), writer, ack_subject: delivery.ack_subject }

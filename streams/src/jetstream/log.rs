@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     StreamError,
-    log::{AppendError, EventLog, Live, LogRef, Recorded},
+    log::{AppendError, EventLog, Live, LogRef, Recorded, Refusal, persist},
 };
 use async_nats::{HeaderMap, Message, StatusCode, header as names};
 use async_trait::async_trait;
@@ -17,13 +17,12 @@ use forebay_schemas::{
     wire,
 };
 use futures::{StreamExt, stream::BoxStream};
-use std::time::Duration;
 
 /// Events read in one request.
 const READ_BATCH: usize = 512;
 
-/// How long an append is tried while the server does not answer: long enough for a restart or an election.
-const APPEND_PATIENCE: Duration = Duration::from_secs(60);
+/// Lets the expected last sequence be that of other subjects too (nats-server 2.11 and newer).
+const EXPECTED_SUBJECT: &str = "Nats-Expected-Last-Subject-Sequence-Subject";
 
 fn subject(log: &LogRef) -> String {
     format!("fb.log.{}.{}", log.gateway, log.request)
@@ -33,33 +32,23 @@ fn subject(log: &LogRef) -> String {
 impl EventLog for JetStream {
     async fn append(&self, log: &LogRef, after: u64, event: &Event) -> Result<u64, AppendError> {
         let payload = Bytes::from(wire::encode(event));
-        let give_up = tokio::time::Instant::now() + APPEND_PATIENCE;
-        let mut pause = Duration::from_millis(20);
-        loop {
-            let mut headers = HeaderMap::new();
-            headers.insert(names::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, after.to_string());
-            let trouble = match self.publish(subject(log), headers, payload.clone()).await {
-                Ok(seq) => return Ok(seq),
-                Err(PublishError::Refused { code, .. }) if WRONG_LAST_SEQUENCE.contains(&code) => {
-                    return Err(AppendError::Conflict { log: log.clone(), after });
-                }
-                Err(PublishError::Refused { code, description }) if FULL.contains(&code) => {
-                    return Err(AppendError::Full(description));
-                }
-                Err(PublishError::TooLarge) => {
-                    return Err(AppendError::TooLarge { log: log.clone(), bytes: payload.len() });
-                }
-                Err(PublishError::Refused { code, description }) => format!("{description} ({code})"),
-                // If it was stored and only the answer got lost, the repeat conflicts with it.
-                Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => cause,
-            };
-            if tokio::time::Instant::now() + pause > give_up {
-                return Err(StreamError::new(format!("appending to the log of {log}"), trouble).into());
-            }
-            tracing::debug!(%log, trouble, "append not answered; trying again");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(1));
-        }
+        let mut headers = HeaderMap::new();
+        headers.insert(names::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, after.to_string());
+        persist(log, || self.try_append(log, after, headers.clone(), payload.clone())).await
+    }
+
+    async fn begin(&self, log: &LogRef, event: &Event) -> Result<u64, AppendError> {
+        let payload = Bytes::from(wire::encode(event));
+        let mut headers = HeaderMap::new();
+        headers.insert(names::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, "0");
+        headers.insert(EXPECTED_SUBJECT, format!("fb.log.*.{}", log.request));
+        persist(log, || self.try_append(log, 0, headers.clone(), payload.clone())).await
+    }
+
+    async fn remove(&self, log: &LogRef) -> Result<(), StreamError> {
+        let what = format!("removing the log of {log}");
+        let stream = self.context.get_stream_no_info(LOG).await.map_err(failed(&what))?;
+        stream.purge().filter(subject(log)).await.map(drop).map_err(failed(what))
     }
 
     async fn read(&self, log: &LogRef, after: u64) -> Result<Vec<Recorded>, StreamError> {
@@ -67,7 +56,8 @@ impl EventLog for JetStream {
         let mut events = Vec::new();
         let mut from = after + 1;
         loop {
-            let (messages, pending) = self.read_batch(&subject(log), from).await.map_err(failed(&what))?;
+            let (messages, pending) =
+                self.read_batch(LOG, &subject(log), from).await.map_err(failed(&what))?;
             for message in &messages {
                 events.push(recorded(message).map_err(failed(&what))?);
             }
@@ -95,9 +85,36 @@ impl EventLog for JetStream {
     async fn watch(&self, log: &LogRef) -> Result<BoxStream<'static, Live>, StreamError> {
         self.live(format!("fb.live.{}.{}", log.gateway, log.request)).await
     }
+
+    async fn tail_all(&self) -> Result<BoxStream<'static, Live>, StreamError> {
+        self.live("fb.live.>".to_owned()).await
+    }
 }
 
 impl JetStream {
+    async fn try_append(
+        &self,
+        log: &LogRef,
+        after: u64,
+        headers: HeaderMap,
+        payload: Bytes,
+    ) -> Result<u64, Refusal> {
+        let bytes = payload.len();
+        self.publish(subject(log), headers, payload).await.map_err(|error| match error {
+            PublishError::Refused { code, .. } if WRONG_LAST_SEQUENCE.contains(&code) => {
+                Refusal::Final(AppendError::Conflict { log: log.clone(), after })
+            }
+            PublishError::Refused { code, description } if FULL.contains(&code) => {
+                Refusal::Final(AppendError::Full(description))
+            }
+            PublishError::TooLarge => Refusal::Final(AppendError::TooLarge { log: log.clone(), bytes }),
+            PublishError::Refused { code, description } => {
+                Refusal::Unknown(format!("{description} ({code})"))
+            }
+            PublishError::NotStored(cause) | PublishError::Unknown(cause) => Refusal::Unknown(cause),
+        })
+    }
+
     async fn live(&self, subject: String) -> Result<BoxStream<'static, Live>, StreamError> {
         let what = format!("subscribing to {subject}");
         let subscription = self.client.subscribe(subject).await.map_err(failed(what))?;
@@ -128,13 +145,18 @@ impl JetStream {
     }
 
     /// Messages of a subject from a sequence on, and whether there are more: a batched direct get (ADR-31).
-    async fn read_batch(&self, subject: &str, from: u64) -> Result<(Vec<Message>, bool), String> {
+    pub(super) async fn read_batch(
+        &self,
+        stream: &str,
+        subject: &str,
+        from: u64,
+    ) -> Result<(Vec<Message>, bool), String> {
         let inbox = self.client.new_inbox();
         let mut replies = self.client.subscribe(inbox.clone()).await.map_err(|error| error.to_string())?;
         let query =
             serde_json::json!({ "seq": from, "batch": READ_BATCH, "next_by_subj": subject }).to_string();
         self.client
-            .publish_with_reply(format!("$JS.API.DIRECT.GET.{LOG}"), inbox, query.into())
+            .publish_with_reply(format!("$JS.API.DIRECT.GET.{stream}"), inbox, query.into())
             .await
             .map_err(|error| error.to_string())?;
         let mut messages = Vec::new();

@@ -1,6 +1,7 @@
 //! The backend that is deployed: NATS with JetStream.
 
 mod connect;
+mod dead_letters;
 mod log;
 mod registry;
 mod tasks;
@@ -18,7 +19,7 @@ use std::{sync::Arc, time::Duration};
 /// Time that one request to the server may take. A server that restarts within it is waited for.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The JetStream implementation of all three faces.
+/// The JetStream implementation of all faces.
 pub(crate) struct JetStream {
     client: Client,
     context: Context,
@@ -28,7 +29,7 @@ pub(crate) struct JetStream {
 impl JetStream {
     fn streams(self) -> Streams {
         let shared = Arc::new(self);
-        Streams { log: shared.clone(), tasks: shared.clone(), registry: shared }
+        Streams { log: shared.clone(), tasks: shared.clone(), dead_letters: shared.clone(), registry: shared }
     }
 
     /// Publishes into a stream and returns the sequence that it was stored at.

@@ -3,9 +3,9 @@
 use super::{FULL, JetStream, PublishError, failed, topology};
 use crate::{
     StreamError,
-    tasks::{CancelSignal, Delivery, Depth, EnqueueError, Tasks, Verdict},
+    tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
 };
-use async_nats::{HeaderMap, Message, header as names};
+use async_nats::{Client, HeaderMap, Message, Request, client::RequestErrorKind, header as names};
 use async_trait::async_trait;
 use bytes::Bytes;
 use forebay_schemas::{
@@ -64,30 +64,11 @@ impl Tasks for JetStream {
         model: &ModelKey,
         wait: Duration,
     ) -> Result<Option<Delivery>, StreamError> {
-        let consumer = consumer_name(role, model);
-        let what = format!("pulling from {consumer}");
-        // An inbox of its own: dropping this pull takes the server's interest away with it, so that no task is
-        // delivered to a worker that no longer listens.
-        let inbox = self.client.new_inbox();
-        let mut replies = self.client.subscribe(inbox.clone()).await.map_err(failed(&what))?;
-        let query = serde_json::json!({ "batch": 1, "expires": wait.as_nanos() as u64 }).to_string();
-        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{consumer}", queue_stream(role));
-        self.client.publish_with_reply(subject, inbox, query.into()).await.map_err(failed(&what))?;
-        match tokio::time::timeout(wait + PULL_SLACK, replies.next()).await {
-            Ok(Some(reply)) => delivered(reply).map_err(failed(&what)),
-            Ok(None) => Err(StreamError::new(what, "the connection was closed")),
-            Err(_) => Err(StreamError::new(what, "the server does not answer")),
-        }
+        pull_from(&self.client, queue_stream(role), &consumer_name(role, model), wait).await
     }
 
     async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
-        let what = || format!("answering {ack_subject}");
-        let word: &'static [u8] = match verdict {
-            Verdict::Ack => b"+ACK",
-            Verdict::Nak => b"-NAK",
-            Verdict::Progress => b"+WPI",
-        };
-        self.client.publish(ack_subject.to_owned(), Bytes::from_static(word)).await.map_err(failed(what()))
+        self.say(ack_subject, verdict).await
     }
 
     fn ack_wait(&self) -> Duration {
@@ -109,7 +90,20 @@ impl Tasks for JetStream {
     async fn signal_cancel(&self, worker: &WorkerId, signal: &CancelSignal) -> Result<(), StreamError> {
         let payload = serde_json::to_vec(signal).expect("plain data always encodes");
         let what = format!("signalling worker {worker}");
-        self.client.publish(format!("fb.cancel.{worker}"), payload.into()).await.map_err(failed(what))
+        self.client.publish(signal_subject(worker), payload.into()).await.map_err(failed(what))
+    }
+
+    async fn presence(&self, worker: &WorkerId, wait: Duration) -> Result<Presence, StreamError> {
+        // An empty signal is a question. The server itself says so if nobody subscribes to it.
+        let question = Request::new().timeout(Some(wait));
+        match self.client.send_request(signal_subject(worker), question).await {
+            Ok(_) => Ok(Presence::Answers),
+            Err(error) => match error.kind() {
+                RequestErrorKind::NoResponders => Ok(Presence::Gone),
+                RequestErrorKind::TimedOut => Ok(Presence::Silent),
+                _ => Err(StreamError::new(format!("asking for worker {worker}"), error)),
+            },
+        }
     }
 
     async fn cancel_signals(
@@ -117,9 +111,59 @@ impl Tasks for JetStream {
         worker: &WorkerId,
     ) -> Result<BoxStream<'static, CancelSignal>, StreamError> {
         let what = format!("subscribing to signals for {worker}");
-        let signals = self.client.subscribe(format!("fb.cancel.{worker}")).await.map_err(failed(what))?;
-        Ok(signals.filter_map(|message| async move { serde_json::from_slice(&message.payload).ok() }).boxed())
+        let signals = self.client.subscribe(signal_subject(worker)).await.map_err(failed(what))?;
+        let client = self.client.clone();
+        let read = move |message: Message| {
+            let client = client.clone();
+            async move {
+                if let Some(reply) = message.reply {
+                    let _ = client.publish(reply, Bytes::new()).await;
+                }
+                serde_json::from_slice(&message.payload).ok()
+            }
+        };
+        Ok(signals.filter_map(read).boxed())
     }
+}
+
+impl JetStream {
+    /// Says something of a delivered message.
+    pub(super) async fn say(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
+        let what = || format!("answering {ack_subject}");
+        let word = match verdict {
+            Verdict::Ack => Bytes::from_static(b"+ACK"),
+            Verdict::Nak => Bytes::from_static(b"-NAK"),
+            Verdict::Later(delay) => format!("-NAK {{\"delay\":{}}}", delay.as_nanos()).into(),
+            Verdict::Progress => Bytes::from_static(b"+WPI"),
+        };
+        self.client.publish(ack_subject.to_owned(), word).await.map_err(failed(what()))
+    }
+}
+
+/// Waits up to `wait` for one message of a consumer.
+pub(super) async fn pull_from(
+    client: &Client,
+    stream: &str,
+    consumer: &str,
+    wait: Duration,
+) -> Result<Option<Delivery>, StreamError> {
+    let what = format!("pulling from {consumer}");
+    // An inbox of its own: dropping this pull takes the server's interest away with it, so that no task is
+    // delivered to a worker that no longer listens.
+    let inbox = client.new_inbox();
+    let mut replies = client.subscribe(inbox.clone()).await.map_err(failed(&what))?;
+    let query = serde_json::json!({ "batch": 1, "expires": wait.as_nanos() as u64 }).to_string();
+    let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}");
+    client.publish_with_reply(subject, inbox, query.into()).await.map_err(failed(&what))?;
+    match tokio::time::timeout(wait + PULL_SLACK, replies.next()).await {
+        Ok(Some(reply)) => delivered(reply).map_err(failed(&what)),
+        Ok(None) => Err(StreamError::new(what, "the connection was closed")),
+        Err(_) => Err(StreamError::new(what, "the server does not answer")),
+    }
+}
+
+fn signal_subject(worker: &WorkerId) -> String {
+    format!("fb.cancel.{worker}")
 }
 
 /// What a pull brought: a task, or word that there is none.

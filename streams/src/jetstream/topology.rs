@@ -13,9 +13,25 @@ use forebay_schemas::{ids::ModelKey, task::Role};
 use std::time::Duration;
 
 pub(crate) const LOG: &str = "FB_LOG";
+pub(crate) const DLQ: &str = "FB_DLQ";
 pub(crate) const MODELS: &str = "fb_models";
 pub(crate) const WORKERS: &str = "fb_workers";
 pub(crate) const BLOBS: &str = "fb_blobs";
+
+/// The consumer of the server's advisories of spent deliveries.
+pub(crate) const SPENT: &str = "spent";
+
+/// Where the server publishes them.
+const SPENT_SUBJECT: &str = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES";
+
+/// How long an advisory may take to be dealt with before another gateway tries.
+const SPENT_ACK_WAIT: Duration = Duration::from_secs(30);
+
+/// How long dead letters are kept.
+const DLQ_AGE: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// How many dead letters and advisories are kept; the oldest go first.
+const DLQ_MESSAGES: i64 = 100_000;
 
 /// Bounds and times of what is made. What exists keeps its own.
 #[derive(Clone, Debug)]
@@ -30,7 +46,7 @@ pub struct Limits {
     pub queue_max: u64,
     /// Time without a verdict after which a task is delivered again: the backstop of failover.
     pub ack_wait: Duration,
-    /// Deliveries of one task.
+    /// Deliveries of one task: a backstop against tasks that end workers before they can claim.
     pub max_deliver: u64,
     /// How long a worker's lease lasts after its last renewal.
     pub lease_time: Duration,
@@ -44,8 +60,8 @@ impl Default for Limits {
             log_bytes: 4 << 30,
             queue_max: 65_536,
             ack_wait: Duration::from_secs(30),
-            max_deliver: 5,
-            lease_time: Duration::from_secs(10),
+            max_deliver: 100,
+            lease_time: Duration::from_millis(1500),
         }
     }
 }
@@ -77,6 +93,8 @@ pub(crate) async fn ensure(context: &Context, limits: &Limits) -> Result<(), Str
     for role in [Role::Decode, Role::Prefill] {
         ensure_stream(context, work_queue(role, limits)).await?;
     }
+    ensure_stream(context, dead_letters(limits)).await?;
+    ensure_spent(context, limits).await?;
     let bucket = |bucket: &str, max_age| kv::Config {
         bucket: bucket.to_owned(),
         history: 1,
@@ -139,6 +157,42 @@ fn work_queue(role: Role, limits: &Limits) -> Config {
         duplicate_window: Duration::from_secs(120),
         ..Default::default()
     }
+}
+
+fn dead_letters(limits: &Limits) -> Config {
+    Config {
+        name: DLQ.to_owned(),
+        description: Some("tasks that nobody could do, and the server's word of them".to_owned()),
+        subjects: vec![
+            "fb.dlq.*.*.*".to_owned(),
+            format!("{SPENT_SUBJECT}.{}.*", queue_stream(Role::Decode)),
+            format!("{SPENT_SUBJECT}.{}.*", queue_stream(Role::Prefill)),
+        ],
+        retention: RetentionPolicy::Limits,
+        storage: StorageType::File,
+        num_replicas: limits.replicas,
+        max_age: DLQ_AGE,
+        max_messages: DLQ_MESSAGES,
+        allow_direct: true,
+        // A newer letter of the same request and role takes the place of the older one.
+        allow_rollup: true,
+        ..Default::default()
+    }
+}
+
+async fn ensure_spent(context: &Context, limits: &Limits) -> Result<(), StreamError> {
+    let what = format!("making consumer {SPENT}");
+    let stream = context.get_stream_no_info(DLQ).await.map_err(failed(&what))?;
+    let wanted = pull::Config {
+        durable_name: Some(SPENT.to_owned()),
+        description: Some("gateways end the requests of spent tasks".to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: SPENT_ACK_WAIT,
+        filter_subject: format!("{SPENT_SUBJECT}.>"),
+        num_replicas: limits.replicas,
+        ..Default::default()
+    };
+    stream.get_or_create_consumer(SPENT, wanted).await.map(drop).map_err(failed(what))
 }
 
 async fn ensure_stream(context: &Context, wanted: Config) -> Result<(), StreamError> {
