@@ -8,6 +8,7 @@ mod admission;
 mod answer;
 mod body;
 mod chat;
+mod dead_letters;
 mod error;
 mod health;
 mod meters;
@@ -18,15 +19,17 @@ mod serve;
 mod sse;
 mod template;
 mod validate;
+mod watch;
 
 use admission::Admission;
 use forebay_schemas::ids::GatewayId;
-use forebay_streams::{StreamError, Streams, follow::Hub};
+use forebay_streams::{StreamError, Streams, follow::Hub, log::Live};
 use health::Reachable;
 use models::Models;
 use std::{sync::Arc, time::Duration};
 use tokio::task::JoinSet;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use watch::Watch;
 
 /// Bounds and times of a gateway.
 #[derive(Clone, Debug)]
@@ -73,6 +76,8 @@ pub(crate) struct Shared {
     config: GatewayConfig,
     streams: Streams,
     hub: Hub,
+    /// Workers that have this gateway's requests.
+    watch: Arc<Watch>,
     models: Arc<Models>,
     admission: Admission,
     reachable: Reachable,
@@ -91,9 +96,17 @@ impl Gateway {
         if let Err(error) = meters::recorder() {
             tracing::warn!(error, "metrics go to another recorder of this process");
         }
-        let hub = Hub::start(streams.log.clone(), config.gateway.clone(), |_| {}).await?;
+        let watch = Arc::new(Watch::new(streams.registry.lease_time()));
+        let watching = watch.clone();
+        let observe = move |live: &Live| watching.observe(&live.recorded.event);
+        let hub = Hub::start(streams.log.clone(), config.gateway.clone(), observe).await?;
         let models = Arc::new(Models::follow(streams.registry.clone()).await?);
+        let mut background = JoinSet::new();
+        let (watching, gateway) = (Arc::downgrade(&watch), config.gateway.clone());
+        background.spawn(watch::watch_over(watching, streams.clone(), gateway));
+        background.spawn(dead_letters::settle(streams.clone()));
         let shared = Arc::new(Shared {
+            watch,
             admission: Admission::new(config.in_flight_max),
             config,
             streams,
@@ -104,7 +117,6 @@ impl Gateway {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
         });
-        let mut background = JoinSet::new();
         background.spawn(models::preload(models));
         background.spawn(health::probe(Arc::downgrade(&shared)));
         background.spawn(meters::upkeep());

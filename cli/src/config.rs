@@ -48,9 +48,9 @@ pub(crate) struct LimitArgs {
     /// Seconds without a sign of life after which a task goes to another worker.
     #[arg(long, env = "FOREBAY_ACK_WAIT_S", default_value_t = 30, value_name = "SECONDS")]
     ack_wait_s: u64,
-    /// Seconds without renewal after which a worker counts as dead.
-    #[arg(long, env = "FOREBAY_LEASE_S", default_value_t = 10, value_name = "SECONDS")]
-    lease_s: u64,
+    /// Seconds without a sign of life after which a worker counts as dead.
+    #[arg(long, env = "FOREBAY_LEASE_S", default_value_t = 1.5, value_name = "SECONDS")]
+    lease_s: f64,
 }
 
 impl NatsArgs {
@@ -69,7 +69,7 @@ impl AccountArgs {
             log_bytes: self.limits.log_gib << 30,
             queue_max: self.limits.queue_max,
             ack_wait: Duration::from_secs(self.limits.ack_wait_s),
-            lease_time: Duration::from_secs(self.limits.lease_s),
+            lease_time: Duration::from_secs_f64(self.limits.lease_s.clamp(0.2, 3600.0)),
             ..Limits::default()
         };
         let options = Options {

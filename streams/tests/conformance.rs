@@ -386,6 +386,8 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         free_slots: 4,
         host: "here".into(),
         kv_socket: String::new(),
+        draining: false,
+        kv_leases: 0,
     };
     streams.registry.publish_model(&card).await.unwrap();
     streams.registry.renew(&lease).await.unwrap();

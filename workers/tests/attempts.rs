@@ -85,6 +85,7 @@ async fn run_worker(streams: Streams, log: LogRef, stop: CancellationToken) {
         max_local_prefill_length: 0,
         chunk_tokens: 8,
         kv_lease: Duration::from_secs(5),
+        attempts_max: 5,
         prefill_patience: Duration::from_secs(5),
         grace: Duration::from_secs(5),
         socket_folder: sockets.path().to_owned(),

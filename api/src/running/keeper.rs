@@ -33,7 +33,12 @@ impl Keeper {
     /// Starts watching over a request. The permit is held until its log has ended.
     pub(super) fn spawn(gateway: &Arc<Shared>, log: LogRef, timeout: Duration, permit: Permit) -> Keeper {
         let (sender, receiver) = oneshot::channel();
-        gateway.keepers.spawn(keep(gateway.streams.clone(), log, timeout, permit, receiver));
+        let (streams, watch) = (gateway.streams.clone(), gateway.watch.clone());
+        gateway.keepers.spawn(async move {
+            let request = log.request;
+            keep(streams, log, timeout, permit, receiver).await;
+            watch.forget(request);
+        });
         Keeper(Some(sender))
     }
 
