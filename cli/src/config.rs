@@ -51,6 +51,9 @@ pub(crate) struct LimitArgs {
     /// Seconds without a sign of life after which a worker counts as dead.
     #[arg(long, env = "FOREBAY_LEASE_S", default_value_t = 1.5, value_name = "SECONDS")]
     lease_s: f64,
+    /// Append without the fence: only to measure what it costs.
+    #[arg(long, env = "FOREBAY_BENCH_NO_FENCE", hide = true)]
+    bench_no_fence: bool,
 }
 
 impl NatsArgs {
@@ -70,6 +73,7 @@ impl AccountArgs {
             queue_max: self.limits.queue_max,
             ack_wait: Duration::from_secs(self.limits.ack_wait_s),
             lease_time: Duration::from_secs_f64(self.limits.lease_s.clamp(0.2, 3600.0)),
+            fence: !self.limits.bench_no_fence,
             ..Limits::default()
         };
         let options = Options {

@@ -107,6 +107,8 @@ pub(crate) struct Worker {
     pub(crate) stop: CancellationToken,
     /// What still runs is to be left as it is.
     pub(crate) grace_over: CancellationToken,
+    /// How many loops wait for a task.
+    pulling: watch::Sender<u32>,
     /// Where sequences can go when this worker stops.
     pub(crate) places: decode::SharedPlaces,
     running: Mutex<BTreeMap<RequestId, CancelFlag>>,
@@ -167,6 +169,7 @@ pub async fn run(
         peers: KvPeers::new(layout_hash),
         stop: stop.clone(),
         grace_over: CancellationToken::new(),
+        pulling: watch::channel(0).0,
         places: Mutex::default(),
         running: Mutex::default(),
         config,
@@ -212,14 +215,11 @@ impl Worker {
 
     /// The next task, or none when the worker is to stop.
     pub(crate) async fn next_task(&self, stop: &CancellationToken) -> Option<Delivery> {
+        let _pulling = Pulling::begin(&self.pulling);
         while !stop.is_cancelled() {
-            let pull = self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait());
-            let pulled = tokio::select! {
-                biased;
-                pulled = pull => pulled,
-                () = stop.cancelled() => return None,
-            };
-            match pulled {
+            match self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait()).await {
+                // A pull is never dropped: what it brings would come again only after the ack wait.
+                Ok(Some(delivery)) if stop.is_cancelled() => self.answer(&delivery, Verdict::Nak).await,
                 Ok(Some(delivery)) => return Some(delivery),
                 Ok(None) => {}
                 Err(error) => {
@@ -229,6 +229,13 @@ impl Worker {
             }
         }
         None
+    }
+
+    /// Waits until nothing more can be delivered to a worker that was told to stop.
+    pub(crate) async fn pulls_over(&self) {
+        self.stop.cancelled().await;
+        // The sender lives as long as the worker.
+        let _ = self.pulling.subscribe().wait_for(|pulls| *pulls == 0).await;
     }
 
     /// How long one pull waits at the server. The pulls of a worker that hangs must be over before its tasks are
@@ -368,6 +375,22 @@ impl Worker {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+}
+
+/// A loop that may be given a task at any moment.
+struct Pulling<'a>(&'a watch::Sender<u32>);
+
+impl Pulling<'_> {
+    fn begin(pulls: &watch::Sender<u32>) -> Pulling<'_> {
+        pulls.send_modify(|pulls| *pulls += 1);
+        Pulling(pulls)
+    }
+}
+
+impl Drop for Pulling<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|pulls| *pulls -= 1);
     }
 }
 

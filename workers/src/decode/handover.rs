@@ -59,7 +59,8 @@ fn succeeds(lease: &WorkerLease, of: &Worker) -> bool {
 impl Worker {
     /// Resolves once a sequence should leave this worker.
     pub(crate) async fn leave_now(&self) -> Leave {
-        self.stop.cancelled().await;
+        // Or this worker itself might be given what it gives away.
+        self.pulls_over().await;
         let mut workers = self.workers.clone();
         let successor = async {
             loop {
