@@ -21,7 +21,7 @@ mod validate;
 
 use admission::Admission;
 use forebay_schemas::ids::GatewayId;
-use forebay_streams::{StreamError, Streams, follow::Hub};
+use forebay_streams::{StreamError, Streams, environment::in_process, follow::Hub};
 use health::Reachable;
 use models::Models;
 use std::{sync::Arc, time::Duration};
@@ -105,9 +105,9 @@ impl Gateway {
             closing: CancellationToken::new(),
         });
         let mut background = JoinSet::new();
-        background.spawn(models::preload(models));
-        background.spawn(health::probe(Arc::downgrade(&shared)));
-        background.spawn(meters::upkeep());
+        background.spawn(in_process(models::preload(models)));
+        background.spawn(in_process(health::probe(Arc::downgrade(&shared))));
+        background.spawn(in_process(meters::upkeep()));
         Ok(Gateway { shared, _background: background })
     }
 }

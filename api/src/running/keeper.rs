@@ -6,6 +6,7 @@ use forebay_schemas::event::{Body, FailureCode, RequestFailed};
 use forebay_streams::{
     Streams,
     cancel::cancel,
+    environment::in_process,
     log::LogRef,
     tasks::CancelSignal,
     writer::{LogWriter, WriteError},
@@ -33,7 +34,7 @@ impl Keeper {
     /// Starts watching over a request. The permit is held until its log has ended.
     pub(super) fn spawn(gateway: &Arc<Shared>, log: LogRef, timeout: Duration, permit: Permit) -> Keeper {
         let (sender, receiver) = oneshot::channel();
-        gateway.keepers.spawn(keep(gateway.streams.clone(), log, timeout, permit, receiver));
+        gateway.keepers.spawn(in_process(keep(gateway.streams.clone(), log, timeout, permit, receiver)));
         Keeper(Some(sender))
     }
 
