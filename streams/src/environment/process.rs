@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex},
     task::{Poll, Waker},
 };
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::{sync::Notify, task::JoinHandle};
 
 /// How a simulated process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,9 +28,10 @@ pub struct Process(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     skew_us: i64,
-    condition: watch::Sender<Condition>,
+    condition: Mutex<Condition>,
     /// Tasks that were woken while it stood still.
     waiting: Mutex<Vec<Waker>>,
+    died: Notify,
 }
 
 thread_local! {
@@ -40,8 +41,12 @@ thread_local! {
 impl Process {
     /// A process that runs, with a clock that is off by that much.
     pub fn new(skew_us: i64) -> Process {
-        let condition = watch::channel(Condition::Runs).0;
-        Process(Arc::new(Shared { skew_us, condition, waiting: Mutex::default() }))
+        Process(Arc::new(Shared {
+            skew_us,
+            condition: Mutex::new(Condition::Runs),
+            waiting: Mutex::default(),
+            died: Notify::new(),
+        }))
     }
 
     /// The process whose task is being polled.
@@ -51,28 +56,33 @@ impl Process {
 
     /// How it is.
     pub fn condition(&self) -> Condition {
-        *self.0.condition.borrow()
+        *self.0.condition.lock().expect("no panics while held")
     }
 
     /// Stops it, lets it go on, or kills it. The dead stay dead.
     pub fn set(&self, condition: Condition) {
-        let change = |now: &mut Condition| {
-            let changes = *now != Condition::Dead && *now != condition;
-            if changes {
-                *now = condition;
+        let mut now = self.0.condition.lock().expect("no panics while held");
+        if *now == Condition::Dead {
+            return;
+        }
+        *now = condition;
+        drop(now);
+        match condition {
+            Condition::Runs => {
+                let waiting = std::mem::take(&mut *self.0.waiting.lock().expect("no panics while held"));
+                waiting.into_iter().for_each(Waker::wake);
             }
-            changes
-        };
-        if self.0.condition.send_if_modified(change) && condition == Condition::Runs {
-            let waiting = std::mem::take(&mut *self.0.waiting.lock().expect("no panics while held"));
-            waiting.into_iter().for_each(Waker::wake);
+            Condition::Stands => {}
+            Condition::Dead => self.0.died.notify_waiters(),
         }
     }
 
     /// Resolves once it is dead.
     pub async fn died(&self) {
-        let mut condition = self.0.condition.subscribe();
-        let _ = condition.wait_for(|now| *now == Condition::Dead).await;
+        let died = self.0.died.notified();
+        if self.condition() != Condition::Dead {
+            died.await;
+        }
     }
 
     /// Runs a future as a part of the process: it is polled only while that runs.

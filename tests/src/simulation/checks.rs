@@ -96,12 +96,10 @@ pub(super) fn violations(site: &Site, logs: &Logs, reads: &[Read]) -> Vec<Violat
         };
         // Who left, was cut off, or was told of an error has a part of it.
         let problem = match read.ending {
-            Ending::Whole if answer.status == 200 && answer.error.is_none() => {
-                match answer.finish {
-                    None => Some("2: the answer broke off".to_owned()),
-                    Some(_) => invariants::of_answer(state, answer).err().map(|broken| broken.to_string()),
-                }
-            }
+            Ending::Whole if answer.status == 200 && answer.error.is_none() => match answer.finish {
+                None => Some("2: the answer broke off".to_owned()),
+                Some(_) => invariants::of_answer(state, answer).err().map(|broken| broken.to_string()),
+            },
             Ending::Whole | Ending::Left | Ending::Broken => (!state.text.starts_with(&answer.text))
                 .then(|| format!("2: read {:?}, logged {:?}", answer.text, state.text)),
         };

@@ -2,7 +2,7 @@
 
 use super::{
     chance::{below, chance},
-    world::World,
+    world::{Way, World},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -38,7 +38,7 @@ pub(super) struct Link {
     pub(super) process: Process,
     pub(super) name: Arc<str>,
     /// Whether the backend and the process hear each other.
-    pub(super) open: Arc<watch::Sender<bool>>,
+    pub(super) way: Arc<Way>,
 }
 
 /// What becomes of one request to the backend.
@@ -52,7 +52,7 @@ struct Fate {
 
 impl Link {
     pub(super) fn new(world: &Arc<World>, process: Process, name: &str) -> Link {
-        Link { world: world.clone(), process, name: name.into(), open: Arc::new(watch::channel(true).0) }
+        Link { world: world.clone(), process, name: name.into(), way: Arc::default() }
     }
 
     pub(super) fn streams(&self) -> Streams {
@@ -61,7 +61,7 @@ impl Link {
     }
 
     fn passable(&self) -> bool {
-        *self.open.borrow() && *self.world.backend.borrow()
+        self.way.is_open() && self.world.backend.is_open()
     }
 
     /// Waits until messages pass. False if the one that waits has got lost meanwhile.
@@ -70,9 +70,8 @@ impl Link {
             return true;
         }
         while !self.passable() {
-            let (mut open, mut backend) = (self.open.subscribe(), self.world.backend.subscribe());
-            let _ = open.wait_for(|open| *open).await;
-            let _ = backend.wait_for(|there| *there).await;
+            self.way.opens().await;
+            self.world.backend.opens().await;
         }
         chance(500)
     }

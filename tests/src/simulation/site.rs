@@ -249,9 +249,9 @@ impl Site {
             }
         }
         self.world.calm_down();
-        self.world.backend.send_replace(true);
+        self.world.backend.set_open(true);
         for life in self.lives().iter() {
-            life.link.open.send_replace(true);
+            life.link.way.set_open(true);
             life.link.process.set(Condition::Runs);
         }
     }
@@ -284,11 +284,11 @@ impl Site {
             Trouble::Cut => {
                 world.count("partition");
                 world.trace(|| format!("{name} is cut off for {lasts:?}"));
-                life.link.open.send_replace(false);
+                life.link.way.set_open(false);
                 tokio::spawn(async move {
                     sleep(lasts).await;
                     world.trace(|| format!("{name} is connected again"));
-                    life.link.open.send_replace(true);
+                    life.link.way.set_open(true);
                 });
             }
             Trouble::Drain => {
@@ -301,11 +301,11 @@ impl Site {
             Trouble::Away => {
                 world.count("backend away");
                 world.trace(|| format!("the backend is away for {lasts:?}"));
-                world.backend.send_replace(false);
+                world.backend.set_open(false);
                 tokio::spawn(async move {
                     sleep(lasts).await;
                     world.trace(|| "the backend is back".to_owned());
-                    world.backend.send_replace(true);
+                    world.backend.set_open(true);
                 });
             }
         }

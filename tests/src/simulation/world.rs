@@ -11,7 +11,34 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::Notify, time::Instant};
+
+/// A way that messages take, open or not. (Tokio's `watch` would wake those who wait in random order.)
+#[derive(Default)]
+pub(super) struct Way {
+    closed: AtomicBool,
+    opened: Notify,
+}
+
+impl Way {
+    pub(super) fn is_open(&self) -> bool {
+        !self.closed.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_open(&self, open: bool) {
+        self.closed.store(!open, Ordering::Relaxed);
+        if open {
+            self.opened.notify_waiters();
+        }
+    }
+
+    pub(super) async fn opens(&self) {
+        let opened = self.opened.notified();
+        if !self.is_open() {
+            opened.await;
+        }
+    }
+}
 
 /// See the [module](self).
 pub(super) struct World {
@@ -19,7 +46,7 @@ pub(super) struct World {
     pub(super) streams: Streams,
     pub(super) weather: Weather,
     /// Whether anybody reaches the backend.
-    pub(super) backend: watch::Sender<bool>,
+    pub(super) backend: Way,
     calm: AtomicBool,
     began: Instant,
     record: Mutex<Record>,
@@ -45,7 +72,7 @@ impl World {
         World {
             streams,
             weather,
-            backend: watch::channel(true).0,
+            backend: Way::default(),
             calm: AtomicBool::new(false),
             began: Instant::now(),
             record: Mutex::new(Record { trace: traced.then(Vec::new), ..Record::default() }),
