@@ -23,7 +23,7 @@ mod watch;
 
 use admission::Admission;
 use forebay_schemas::ids::GatewayId;
-use forebay_streams::{StreamError, Streams, follow::Hub, log::Live};
+use forebay_streams::{StreamError, Streams, environment::in_process, follow::Hub, log::Live};
 use health::Reachable;
 use models::Models;
 use std::{sync::Arc, time::Duration};
@@ -103,8 +103,8 @@ impl Gateway {
         let models = Arc::new(Models::follow(streams.registry.clone()).await?);
         let mut background = JoinSet::new();
         let (watching, gateway) = (Arc::downgrade(&watch), config.gateway.clone());
-        background.spawn(watch::watch_over(watching, streams.clone(), gateway));
-        background.spawn(dead_letters::settle(streams.clone()));
+        background.spawn(in_process(watch::watch_over(watching, streams.clone(), gateway)));
+        background.spawn(in_process(dead_letters::settle(streams.clone())));
         let shared = Arc::new(Shared {
             watch,
             admission: Admission::new(config.in_flight_max),
@@ -117,9 +117,9 @@ impl Gateway {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
         });
-        background.spawn(models::preload(models));
-        background.spawn(health::probe(Arc::downgrade(&shared)));
-        background.spawn(meters::upkeep());
+        background.spawn(in_process(models::preload(models)));
+        background.spawn(in_process(health::probe(Arc::downgrade(&shared))));
+        background.spawn(in_process(meters::upkeep()));
         Ok(Gateway { shared, _background: background })
     }
 }

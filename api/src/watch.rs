@@ -8,7 +8,7 @@ use forebay_schemas::{
     ids::{GatewayId, RequestId, WorkerId},
 };
 use forebay_streams::{
-    Streams,
+    Streams, environment,
     log::LogRef,
     tasks::{Presence, Verdict},
 };
@@ -61,7 +61,7 @@ pub(crate) async fn watch_over(watch: Weak<Watch>, streams: Streams, gateway: Ga
         let Some(watch) = watch.upgrade() else { return };
         let silent = watch.owners(|owners| owners.silent(Instant::now()));
         if !silent.is_empty() {
-            tokio::spawn(ask(watch, streams.clone(), nobody.clone(), silent));
+            environment::spawn(ask(watch, streams.clone(), nobody.clone(), silent));
         }
     }
 }

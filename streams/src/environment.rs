@@ -1,6 +1,12 @@
 //! Where time and randomness come from: the machine, or, within a simulation, a seed and tokio's paused clock. All
 //! that decides anything asks here, so that a simulated run repeats itself exactly.
 
+mod process;
+mod thread;
+
+pub use process::{Condition, Process, in_process, spawn};
+pub use thread::{off_thread, pause};
+
 use forebay_schemas::ids::RequestId;
 use std::{
     cell::Cell,
@@ -45,7 +51,10 @@ pub fn is_simulated() -> bool {
 /// Now, in microseconds since the Unix epoch.
 pub fn now_us() -> u64 {
     match SIMULATED.get() {
-        Some(simulated) => simulated.began_us + simulated.began.elapsed().as_micros() as u64,
+        Some(simulated) => {
+            let true_us = simulated.began_us + simulated.began.elapsed().as_micros() as u64;
+            true_us.saturating_add_signed(process::skew_us())
+        }
         None => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64),
     }
 }
@@ -77,20 +86,6 @@ pub fn request_id() -> RequestId {
 /// A fresh name: the prefix and eight random hexadecimal digits.
 pub fn name<T: std::str::FromStr<Err: std::fmt::Debug>>(prefix: &str) -> T {
     format!("{prefix}-{:08x}", random() as u32).parse().expect("prefix fits a subject token")
-}
-
-/// Runs what blocks on a thread that may, and waits for it. In a simulation there is one thread.
-///
-/// # Panics
-/// If `work` does.
-pub async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    if is_simulated() {
-        return work();
-    }
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-    }
 }
 
 #[cfg(test)]

@@ -5,13 +5,13 @@
 //! the stream. A lost *last* event shows no hole: after a silence the log's last sequence is asked for.
 
 use crate::{
-    StreamError,
+    StreamError, environment,
     log::{EventLog, Live, LogRef, Recorded},
 };
 use forebay_schemas::ids::{GatewayId, RequestId};
 use futures::{Stream, StreamExt, stream::BoxStream};
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     pin::Pin,
     sync::{
         Arc, Mutex, Weak,
@@ -114,7 +114,7 @@ impl Follow {
 }
 
 /// By request, then by the follower's number: a client may come back while its old connection is not known to be gone.
-type Followers = HashMap<RequestId, Vec<(u64, mpsc::Sender<Live>)>>;
+type Followers = BTreeMap<RequestId, Vec<(u64, mpsc::Sender<Live>)>>;
 
 /// A gateway's one subscription, dealt out to the followers of its requests.
 pub struct Hub {
@@ -135,7 +135,7 @@ impl Hub {
     ) -> Result<Hub, StreamError> {
         let live = backend.tail(&gateway).await?;
         let followers = Arc::<Mutex<Followers>>::default();
-        let pump = tokio::spawn(pump(live, Arc::downgrade(&followers), observe));
+        let pump = environment::spawn(pump(live, Arc::downgrade(&followers), observe));
         Ok(Hub { backend, gateway, followers, next: AtomicU64::new(0), pump })
     }
 

@@ -28,7 +28,7 @@ use tokio::{
 };
 
 /// Live events and signals that wait for each reader; a reader that is slower loses some, as over NATS.
-const LIVE_MAX: usize = 65_536;
+const LIVE_MAX: usize = 2048;
 
 /// What acknowledgement subjects begin with; the number of the delivery follows.
 const ACK: &str = "memory.ack.";
@@ -77,13 +77,33 @@ struct Memory {
     listening: Arc<Mutex<BTreeMap<WorkerId, usize>>>,
     /// Something was queued or became due again.
     work: Notify,
-    models: watch::Sender<Models>,
+    models: Published<Models>,
     leases: Arc<Leases>,
 }
 
+/// A value that others keep up with, each over a channel of its own: a shared one wakes them in random order.
+#[derive(Default)]
+struct Published<T>(Mutex<(T, Vec<watch::Sender<T>>)>);
+
+impl<T: Clone> Published<T> {
+    fn subscribe(&self) -> watch::Receiver<T> {
+        let (value, subscribers) = &mut *self.0.lock().expect("no panics while held");
+        let (sender, receiver) = watch::channel(value.clone());
+        subscribers.push(sender);
+        receiver
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut T)) {
+        let (value, subscribers) = &mut *self.0.lock().expect("no panics while held");
+        change(value);
+        subscribers.retain(|subscriber| subscriber.send(value.clone()).is_ok());
+    }
+}
+
+#[derive(Default)]
 struct Leases {
     until: Mutex<BTreeMap<WorkerId, (WorkerLease, Instant)>>,
-    living: watch::Sender<Workers>,
+    living: Published<Workers>,
 }
 
 impl Leases {
@@ -94,7 +114,7 @@ impl Leases {
         leases.retain(|_, (_, until)| *until > now);
         let living =
             leases.iter().map(|(worker, (lease, _))| (worker.clone(), Arc::new(lease.clone()))).collect();
-        self.living.send_replace(Arc::new(living));
+        self.living.publish(|workers| *workers = Arc::new(living));
     }
 }
 
@@ -135,11 +155,8 @@ impl Memory {
             signals: broadcast::channel(LIVE_MAX).0,
             listening: Arc::default(),
             work: Notify::new(),
-            models: watch::channel(Models::default()).0,
-            leases: Arc::new(Leases {
-                until: Mutex::default(),
-                living: watch::channel(Workers::default()).0,
-            }),
+            models: Published::default(),
+            leases: Arc::default(),
         }
     }
 
@@ -444,7 +461,7 @@ impl Tasks for Memory {
 #[async_trait]
 impl Registry for Memory {
     async fn publish_model(&self, card: &ModelCard) -> Result<(), StreamError> {
-        self.models.send_modify(|models| {
+        self.models.publish(|models| {
             Arc::make_mut(models).insert(card.name.clone(), Arc::new(card.clone()));
         });
         Ok(())

@@ -7,6 +7,7 @@ pub mod files;
 pub mod invariants;
 pub mod process;
 pub mod python;
+pub mod simulation;
 
 pub use client::{Answer, Chat, Client};
 pub use deployment::{Deployment, Gateway, Worker};

@@ -22,7 +22,7 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     StreamError,
-    environment::{now_us, off_thread},
+    environment::{self, now_us, off_thread},
     log::LogRef,
     tasks::{Delivery, Verdict},
     writer::{LogWriter, WriteError},
@@ -254,7 +254,7 @@ fn release(worker: &Arc<Worker>, state: &Lifecycle) {
             transport.release(&first);
         }
     };
-    tokio::spawn(off_thread(give_back));
+    environment::spawn(off_thread(give_back));
 }
 
 /// The way to the worker that holds a handle's bytes. Blocks, for a moment, the first time.

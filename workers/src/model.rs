@@ -7,12 +7,11 @@ use forebay_schemas::{
     card::{ModelCard, SamplingDefaults},
     ids::ModelKey,
 };
-use forebay_streams::{StreamError, Streams};
+use forebay_streams::{StreamError, Streams, environment};
 use serde_json::Value;
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
 };
 use tokenizers::Tokenizer;
 
@@ -75,7 +74,7 @@ impl ModelText {
         engine: &EngineCard,
         streams: &Streams,
     ) -> Result<ModelCard, StreamError> {
-        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let now_s = environment::now_us() / 1_000_000;
         let earlier = streams.registry.models().await?.borrow().get(name).cloned();
         Ok(ModelCard {
             name: name.to_owned(),

@@ -1,14 +1,16 @@
 //! The engine's thread: schedule → run → hand out, for as long as there is work.
 //!
 //! One engine has one thread, because ONNX Runtime sessions and CUDA graphs want one. Everybody else talks to
-//! it through a [`Runner`]: sequences go in, tokens come out on a bounded channel for each.
+//! it through a [`Runner`]: sequences go in, tokens come out on a bounded channel for each. In a simulation the same
+//! loop is a task, whose steps take virtual time.
 
 use crate::{
     engine::{Draw, Engine, EngineCard, EngineError, Row, Sampled},
     scheduler::{Scheduler, Sequence, Step},
 };
 use forebay_kernels::Region;
-use std::{collections::HashMap, sync::Arc};
+use forebay_streams::environment;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 
 /// Tokens that wait for one reader. A sequence whose reader is further behind pauses.
@@ -16,6 +18,9 @@ const OUTPUT_MAX: usize = 64;
 
 /// Commands that wait for the engine's thread.
 const COMMANDS_MAX: usize = 1024;
+
+/// How often the engine looks whether a reader has caught up, when there is nothing else to do.
+const READER_POLL: Duration = Duration::from_micros(200);
 
 /// What a sequence brings.
 #[derive(Debug)]
@@ -54,12 +59,13 @@ impl Runner {
         let kv = engine.kv().clone();
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let scheduler = Scheduler::new(card.layout.slots, chunk_tokens);
-        std::thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || {
-                EngineLoop { engine, scheduler, outputs: HashMap::new(), inbox, drawn: Vec::new() }.run();
-            })
-            .expect("a thread can be started");
+        let engine = EngineLoop { engine, scheduler, outputs: BTreeMap::new(), inbox, drawn: Vec::new() };
+        if environment::is_simulated() {
+            environment::spawn(engine.simulate());
+        } else {
+            let thread = std::thread::Builder::new().name("engine".into());
+            thread.spawn(move || engine.run()).expect("a thread can be started");
+        }
         Runner { commands, card, kv }
     }
 
@@ -103,10 +109,19 @@ impl Runner {
     }
 }
 
+/// What the engine does next.
+enum Turn {
+    Step(Step),
+    /// Nothing, until a reader has caught up.
+    Behind,
+    /// Nothing, until a command comes.
+    Idle,
+}
+
 struct EngineLoop {
     engine: Box<dyn Engine>,
     scheduler: Scheduler,
-    outputs: HashMap<u32, mpsc::Sender<Output>>,
+    outputs: BTreeMap<u32, mpsc::Sender<Output>>,
     inbox: mpsc::Receiver<Command>,
     drawn: Vec<Sampled>,
 }
@@ -114,34 +129,55 @@ struct EngineLoop {
 impl EngineLoop {
     fn run(mut self) {
         loop {
-            while let Ok(command) = self.inbox.try_recv() {
-                self.obey(command);
+            match self.turn() {
+                Turn::Step(step) => {
+                    self.run_chunk(&step);
+                    self.run_rows(&step);
+                }
+                Turn::Behind => std::thread::sleep(READER_POLL),
+                Turn::Idle => match self.inbox.blocking_recv() {
+                    Some(command) => self.obey(command),
+                    None => return,
+                },
             }
-            let step = self
-                .scheduler
-                .plan(|slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1));
-            if step == Step::default() && !self.wait() {
-                return;
-            }
-            self.run_chunk(&step);
-            self.run_rows(&step);
         }
     }
 
-    /// Waits for a command, or, if sequences wait for their readers, a moment. False when nobody is left.
-    fn wait(&mut self) -> bool {
-        if !self.scheduler.is_idle() {
-            self.drop_unread();
-            std::thread::sleep(std::time::Duration::from_micros(200));
-            return true;
-        }
-        match self.inbox.blocking_recv() {
-            Some(command) => {
-                self.obey(command);
-                true
+    /// The same in virtual time, which passes before a step has its effect.
+    async fn simulate(mut self) {
+        loop {
+            match self.turn() {
+                Turn::Step(step) => {
+                    let tokens = step.chunk.as_ref().map_or(0, |chunk| chunk.count);
+                    tokio::time::sleep(self.engine.simulated_step(tokens, 0)).await;
+                    self.run_chunk(&step);
+                    tokio::time::sleep(self.engine.simulated_step(0, step.rows.len() as u32)).await;
+                    self.run_rows(&step);
+                }
+                Turn::Behind => tokio::time::sleep(READER_POLL).await,
+                Turn::Idle => match self.inbox.recv().await {
+                    Some(command) => self.obey(command),
+                    None => return,
+                },
             }
-            None => false,
         }
+    }
+
+    /// Obeys what there is to obey, and says what comes next.
+    fn turn(&mut self) -> Turn {
+        while let Ok(command) = self.inbox.try_recv() {
+            self.obey(command);
+        }
+        let can_take = |slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1);
+        let step = self.scheduler.plan(can_take);
+        if step != Step::default() {
+            return Turn::Step(step);
+        }
+        if self.scheduler.is_idle() {
+            return Turn::Idle;
+        }
+        self.drop_unread();
+        Turn::Behind
     }
 
     fn obey(&mut self, command: Command) {

@@ -16,7 +16,8 @@ use forebay_schemas::{
     task::Role,
 };
 use forebay_streams::{
-    StreamError, Streams, environment,
+    StreamError, Streams,
+    environment::{self, in_process},
     log::LogRef,
     registry::Workers,
     tasks::{Delivery, Verdict},
@@ -176,8 +177,8 @@ pub async fn run(
     });
     tracing::info!(worker = %worker.id, model = worker.model.name, slots = layout.slots, "ready");
     let mut background = JoinSet::new();
-    background.spawn(worker.clone().hold_lease(owner.path().display().to_string()));
-    background.spawn(worker.clone().hear_cancels());
+    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string())));
+    background.spawn(in_process(worker.clone().hear_cancels()));
     let outcome = tokio::select! {
         biased;
         () = worker.clone().serve(stop) => Ok(()),
@@ -198,8 +199,10 @@ impl Worker {
         let mut loops = JoinSet::new();
         for _ in 0..self.slots.total() {
             match self.config.role {
-                Role::Decode => loops.spawn(decode::serve(self.clone(), stop.clone())),
-                Role::Prefill => loops.spawn(prefill::serve(self.clone(), stop.clone(), prefills.clone())),
+                Role::Decode => loops.spawn(in_process(decode::serve(self.clone(), stop.clone()))),
+                Role::Prefill => {
+                    loops.spawn(in_process(prefill::serve(self.clone(), stop.clone(), prefills.clone())))
+                }
             };
         }
         stop.cancelled().await;
@@ -247,7 +250,7 @@ impl Worker {
     /// Keeps a delivered task from being delivered again for as long as the guard lives.
     pub(crate) fn keep_alive(&self, delivery: &Delivery) -> KeepAlive {
         let (tasks, subject) = (self.streams.tasks.clone(), delivery.ack_subject.clone());
-        KeepAlive(tokio::spawn(async move {
+        KeepAlive(environment::spawn(async move {
             loop {
                 tokio::time::sleep(tasks.ack_wait() / 3).await;
                 let _ = tasks.answer(&subject, Verdict::Progress).await;

@@ -6,6 +6,7 @@ use forebay_schemas::event::{Body, FailureCode, RequestFailed};
 use forebay_streams::{
     Streams,
     cancel::cancel,
+    environment::in_process,
     log::LogRef,
     tasks::CancelSignal,
     writer::{LogWriter, WriteError},
@@ -34,11 +35,11 @@ impl Keeper {
     pub(super) fn spawn(gateway: &Arc<Shared>, log: LogRef, timeout: Duration, permit: Permit) -> Keeper {
         let (sender, receiver) = oneshot::channel();
         let (streams, watch) = (gateway.streams.clone(), gateway.watch.clone());
-        gateway.keepers.spawn(async move {
+        gateway.keepers.spawn(in_process(async move {
             let request = log.request;
             keep(streams, log, timeout, permit, receiver).await;
             watch.forget(request);
-        });
+        }));
         Keeper(Some(sender))
     }
 

@@ -24,7 +24,7 @@ use forebay_schemas::{
     kv::{KvLayout, LayoutHash},
     sampling::Sampling,
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// A model that runs over slots of a KV region.
 ///
@@ -58,6 +58,12 @@ pub trait Engine: Send {
     /// beyond the range being copied for one that is being loaded. Entries of slots in `rows` are ignored.
     fn decode(&mut self, rows: &[Row<'_>], parked: &[u32], out: &mut Vec<Sampled>)
     -> Result<(), EngineError>;
+
+    /// In a simulation: the virtual time that a step of that many prompt tokens and decoded rows takes. An engine that
+    /// computes takes real time.
+    fn simulated_step(&self, _prompt_tokens: u32, _rows: u32) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// One sequence's part in a decode step.

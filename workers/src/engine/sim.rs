@@ -11,6 +11,7 @@ use forebay_schemas::{
     ids::fnv1a,
     kv::{KvDtype, KvGeometry, KvLayout, LayoutHash, TokenRange},
 };
+use forebay_streams::environment;
 use std::{
     ops::Range,
     sync::Arc,
@@ -56,6 +57,12 @@ pub struct SimEngine {
     /// How much longer than asked the last step took, taken off the next.
     overslept: Duration,
 }
+
+/// In virtual time one step in that many is a stall ...
+const STALL_EVERY: u64 = 64;
+
+/// ... of that many steps.
+const STALL_STEPS: f64 = 40.0;
 
 const GEOMETRY: KvGeometry = KvGeometry { layers: 1, kv_heads: 1, head_dim: 2, dtype: KvDtype::F32 };
 
@@ -114,7 +121,7 @@ impl SimEngine {
     /// Waits until `us` after `start`, less what earlier waits overran. Sleeps where the system can be trusted
     /// to wake in time, and spins only over what is too short for that.
     fn wait(&mut self, start: Instant, us: f64) {
-        if us <= 0.0 {
+        if us <= 0.0 || environment::is_simulated() {
             return;
         }
         let asked = Duration::from_secs_f64(us * 1e-6);
@@ -132,6 +139,16 @@ impl SimEngine {
         }
         self.overslept =
             (self.overslept + start.elapsed()).saturating_sub(asked).min(Duration::from_millis(10));
+    }
+}
+
+impl SimPace {
+    fn step_us(&self, prompt_tokens: u32, rows: u32) -> f64 {
+        let step = |fixed: f64, each: f64, count: u32| {
+            if count == 0 { 0.0 } else { fixed + each * f64::from(count) }
+        };
+        step(self.prefill_us, self.prefill_token_us, prompt_tokens)
+            + step(self.decode_us, self.decode_row_us, rows)
     }
 }
 
@@ -158,7 +175,7 @@ impl Engine for SimEngine {
             hash = mix(hash, u64::from(*token));
             self.write(slot, position, hash);
         }
-        self.wait(begun, self.pace.prefill_us + self.pace.prefill_token_us * tokens.len() as f64);
+        self.wait(begun, self.pace.step_us(tokens.len() as u32, 0));
         Ok(draw.map(|draw| self.draw(hash, draw)))
     }
 
@@ -172,7 +189,7 @@ impl Engine for SimEngine {
         out.clear();
         self.card.check_rows(rows, parked)?;
         // A real engine reads and writes all through the step. The last moment is when a write does most harm.
-        self.wait(begun, self.pace.decode_us + self.pace.decode_row_us * rows.len() as f64);
+        self.wait(begun, self.pace.step_us(0, rows.len() as u32));
         let mut next = rows.iter().peekable();
         for slot in 0..rows.last().map_or(0, |row| row.slot + 1) {
             let Some(row) = next.next_if(|row| row.slot == slot) else {
@@ -185,6 +202,18 @@ impl Engine for SimEngine {
             out.push(self.draw(hash, row.draw));
         }
         Ok(())
+    }
+
+    /// From half to one and a half times the pace, and now and then much more.
+    fn simulated_step(&self, prompt_tokens: u32, rows: u32) -> Duration {
+        let us = self.pace.step_us(prompt_tokens, rows);
+        if us == 0.0 {
+            return Duration::ZERO;
+        }
+        let drawn = environment::random();
+        let factor = 0.5 + (drawn >> 32) as f64 / f64::from(u32::MAX);
+        let stall = if drawn % STALL_EVERY == 0 { STALL_STEPS } else { 1.0 };
+        Duration::from_secs_f64(us * factor * stall * 1e-6)
     }
 }
 

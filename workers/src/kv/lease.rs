@@ -6,11 +6,9 @@
 //! generation first, so that a reader that comes or finishes late can tell.
 
 use forebay_kernels::{RegionError, Words};
-use std::{
-    os::fd::BorrowedFd,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use forebay_streams::environment;
+use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
+use tokio::time::Instant;
 
 /// The longest that a read may take after its lease has ended.
 pub(super) const LONGEST_READ: Duration = Duration::from_secs(5);
@@ -97,7 +95,7 @@ impl Leases {
     pub fn seal(&self, slot: u32, lease: Duration) -> Sealed {
         let generation = self.word(slot).generation() + 1;
         self.words.store(slot as usize, Word::Sealed(generation).pack());
-        let capability = uuid::Uuid::new_v4().as_u64_pair().0;
+        let capability = environment::random();
         Sealed { leases: self.clone(), slot, generation, capability, until: Instant::now() + lease }
     }
 

@@ -7,7 +7,9 @@ use forebay_schemas::{
     ids::WorkerId,
     kv::{KvHandle, KvLayout, LayoutHash},
 };
-use std::{sync::Arc, time::Instant};
+use forebay_streams::environment::pause;
+use std::sync::Arc;
+use tokio::time::Instant;
 
 /// Why KV could not be had. The reader then computes it itself.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +139,9 @@ pub fn read_kv(
     let Some(first) = handles.first() else { return Ok(ReadReport::default()) };
     handles.iter().try_for_each(|handle| check_handle(handle, layout))?;
     transport.claim(first)?;
+    pause();
     let outcome = copy_checked(transport, handles, into, layout, slot);
+    pause();
     transport.release(first);
     outcome?;
     Ok(ReadReport {
@@ -156,13 +160,16 @@ fn copy_checked(
 ) -> Result<(), ReadError> {
     for handle in handles {
         for (group, expected) in handle.checksums.iter().enumerate() {
-            if transport.read(handle, group, into, layout, slot)? != *expected {
+            let sum = transport.read(handle, group, into, layout, slot)?;
+            pause();
+            if sum != *expected {
                 // Reused while it was read, or damaged: say which.
                 check_generation(transport, handle)?;
                 return Err(ReadError::Corrupt { agent: handle.agent.clone(), slot: handle.slot, group });
             }
         }
         check_generation(transport, handle)?;
+        pause();
     }
     Ok(())
 }

@@ -4,6 +4,8 @@
 //! which the peer maps read-only, and its lease words. From then on reads need nothing of the owner: its bytes
 //! stay readable even after it died, for as long as a peer has them mapped.
 
+mod simulated;
+
 use super::{
     lease::{Leases, Word},
     read::{ReadError, Transport, lease_over},
@@ -14,13 +16,14 @@ use forebay_schemas::{
     ids::WorkerId,
     kv::{KvHandle, KvLayout, LayoutHash},
 };
+use forebay_streams::environment::is_simulated;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io::{IoSlice, IoSliceMut},
     mem::MaybeUninit,
     os::{
@@ -28,7 +31,10 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -52,6 +58,9 @@ struct Greeting {
 
 /// Identifies the host and its boot: workers with equal ids share memory.
 pub fn host_id() -> String {
+    if is_simulated() {
+        return "simulated".to_owned();
+    }
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     format!("{}/{}", read("/proc/sys/kernel/hostname"), read("/proc/sys/kernel/random/boot_id"))
 }
@@ -60,6 +69,7 @@ pub fn host_id() -> String {
 #[derive(Debug)]
 pub struct ShmOwner {
     path: PathBuf,
+    over: Arc<AtomicBool>,
 }
 
 impl ShmOwner {
@@ -71,20 +81,29 @@ impl ShmOwner {
         kv: (Arc<Region>, KvLayout, LayoutHash),
         leases: Leases,
     ) -> std::io::Result<ShmOwner> {
-        std::fs::create_dir_all(folder)?;
         let path = folder.join(format!("{worker}.sock"));
-        let listener = UnixListener::bind(&path)?;
         let (region, layout, layout_hash) = kv;
         let greeting = Greeting { worker: worker.clone(), incarnation, layout, layout_hash };
         let greeting = serde_json::to_vec(&greeting).expect("plain data always encodes");
+        let owner = ShmOwner { path, over: Arc::default() };
+        if is_simulated() {
+            simulated::listen(&owner.path, greeting, region, leases);
+            return Ok(owner);
+        }
+        std::fs::create_dir_all(folder)?;
+        let listener = UnixListener::bind(&owner.path)?;
+        let over = owner.over.clone();
         std::thread::Builder::new().name("kv-shm".into()).spawn(move || {
             for peer in listener.incoming().flatten() {
+                if over.load(Ordering::Relaxed) {
+                    return;
+                }
                 if let Err(error) = greet(&peer, &greeting, &region, &leases) {
                     tracing::debug!(%error, "a peer left before it was greeted");
                 }
             }
         })?;
-        Ok(ShmOwner { path })
+        Ok(owner)
     }
 
     /// Where peers connect.
@@ -95,6 +114,12 @@ impl ShmOwner {
 
 impl Drop for ShmOwner {
     fn drop(&mut self) {
+        if is_simulated() {
+            return simulated::close(&self.path);
+        }
+        self.over.store(true, Ordering::Relaxed);
+        // The thread waits for a peer: this is the last one.
+        let _ = UnixStream::connect(&self.path);
         // Whoever finds no socket computes the KV itself.
         let _ = std::fs::remove_file(&self.path);
     }
@@ -109,6 +134,12 @@ fn greet(peer: &UnixStream, greeting: &[u8], region: &Region, leases: &Leases) -
 }
 
 fn meet(path: &str) -> Result<(Greeting, OwnedFd, OwnedFd), String> {
+    let (greeting, region, words) = if is_simulated() { simulated::meet(path)? } else { connect(path)? };
+    let greeting = serde_json::from_slice(&greeting).map_err(|error| format!("greeting: {error}"))?;
+    Ok((greeting, region, words))
+}
+
+fn connect(path: &str) -> Result<(Vec<u8>, OwnedFd, OwnedFd), String> {
     let stream = UnixStream::connect(path).map_err(|error| format!("{path}: {error}"))?;
     stream.set_read_timeout(Some(GREETING_TIMEOUT)).map_err(|error| error.to_string())?;
     let mut bytes = vec![0; GREETING_MAX];
@@ -128,15 +159,14 @@ fn meet(path: &str) -> Result<(Greeting, OwnedFd, OwnedFd), String> {
     let (Some(region), Some(words)) = (descriptors.next(), descriptors.next()) else {
         return Err("the greeting came without descriptors".into());
     };
-    let greeting =
-        serde_json::from_slice(&bytes[..received.bytes]).map_err(|error| format!("greeting: {error}"))?;
-    Ok((greeting, region, words))
+    bytes.truncate(received.bytes);
+    Ok((bytes, region, words))
 }
 
 /// Peers whose regions are mapped: mapped once, at the first read.
 #[derive(Default)]
 pub struct ShmPeers {
-    mapped: Mutex<HashMap<(WorkerId, u64), Arc<ShmPeer>>>,
+    mapped: Mutex<BTreeMap<(WorkerId, u64), Arc<ShmPeer>>>,
 }
 
 impl ShmPeers {

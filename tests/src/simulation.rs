@@ -1,0 +1,154 @@
+//! Deterministic simulation: gateways, workers and their KV, the code that is deployed, on one thread, the in-memory
+//! backend and a virtual clock. A seed decides what there is to do and all that goes wrong; run again, it goes the same
+//! way. After the storm everything must come to its end, and every invariant must hold.
+//!
+//! Read on in `site` (what runs, and what befalls it), `network` (what happens to messages), `checks`.
+
+mod chance;
+mod checks;
+mod client;
+mod many;
+mod network;
+mod site;
+mod weather;
+mod world;
+
+pub use many::{Report, replay, run_many};
+
+use chance::{between, between_ms};
+use checks::Violation;
+use client::Read;
+use forebay_schemas::ids::fnv1a;
+use forebay_streams::{environment, memory};
+use site::Site;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use tokio::{task::JoinSet, time::sleep};
+use weather::Weather;
+use world::World;
+
+/// When simulations begin, in microseconds since the Unix epoch.
+const BEGAN_US: u64 = 1_750_000_000_000_000;
+
+/// How long after the storm everything may take to end: the longest deadline, and what a gateway may need to say so.
+const CALM_MAX: Duration = Duration::from_secs(150);
+
+/// How often one looks whether it has.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What came of a seed.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Which one.
+    pub seed: u64,
+    /// Promises that were not kept.
+    pub violations: Vec<String>,
+    /// Faults by kind.
+    pub faults: BTreeMap<&'static str, u64>,
+    /// Requests made.
+    pub requests: u64,
+    /// Events in all logs.
+    pub events: u64,
+    /// Virtual time that it took.
+    pub lasted: Duration,
+    /// Of all logs and answers: equal for equal runs.
+    pub digest: u64,
+    /// All logs, in words.
+    pub logs: String,
+    /// All that happened, if it was to be traced.
+    pub trace: Vec<String>,
+}
+
+/// Runs a seed.
+pub fn run(seed: u64, traced: bool) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime without I/O needs nothing");
+    let simulation = runtime.block_on(async { environment::simulate(seed, BEGAN_US) });
+    let outcome = runtime.block_on(simulated(seed, traced));
+    // What is left of the processes still belongs to the simulation.
+    drop(runtime);
+    drop(simulation);
+    outcome
+}
+
+async fn simulated(seed: u64, traced: bool) -> Outcome {
+    let limits = memory::Limits {
+        queue_max: if chance::chance(100) { 2 } else { 4096 },
+        ack_wait: between_ms(600..=3000),
+        max_deliver: 100,
+        lease_time: between_ms(600..=2000),
+    };
+    let weather = Weather::draw();
+    let plan = site::Plan::draw();
+    let storm = between_ms(2000..=12_000);
+    let clients: Vec<client::Plan> = (0..between(2..=10)).map(|_| client::Plan::draw(storm)).collect();
+    let requests = clients.len() as u64;
+    let world = Arc::new(World::new(memory::streams_with(limits.clone()), weather, traced));
+    world.trace(|| format!("{limits:?}\n{:?}\n{plan:?}", world.weather));
+    let site = Site::start(world.clone(), plan).await;
+    let mut reading = JoinSet::new();
+    for plan in clients {
+        reading.spawn(ask(site.clone(), plan));
+    }
+    site.trouble(storm).await;
+    let (reads, mut violations) = settle(&site, reading).await;
+    let logs = checks::logs(&site).await;
+    violations.extend(checks::violations(&site, &logs, &reads));
+    let lines = logs.iter().flat_map(|(log, events)| {
+        events.iter().map(move |recorded| {
+            format!("{log} {} {}: {:?}\n", recorded.seq, recorded.event.attempt, recorded.event.body)
+        })
+    });
+    let text = lines.chain(reads.iter().map(|read| format!("{read:?}\n"))).collect::<String>();
+    let faults = world.record().faults.clone();
+    Outcome {
+        seed,
+        violations,
+        faults,
+        requests,
+        events: logs.values().map(|events| events.len() as u64).sum(),
+        lasted: world.elapsed(),
+        digest: fnv1a(text.as_bytes()) ^ world.elapsed().as_micros() as u64,
+        logs: text,
+        trace: world.take_trace(),
+    }
+}
+
+async fn ask(site: Arc<Site>, plan: client::Plan) -> Read {
+    sleep(plan.begin).await;
+    let gateway = site.any_gateway().await;
+    let read = plan.ask(&gateway).await;
+    site.world.trace(|| format!("client: {read:?}"));
+    read
+}
+
+/// Waits until all has come to its end, and says what has not.
+async fn settle(site: &Site, mut reading: JoinSet<Read>) -> (Vec<Read>, Vec<Violation>) {
+    let (mut reads, mut violations) = (Vec::new(), Vec::new());
+    let until = tokio::time::Instant::now() + CALM_MAX;
+    let all = async {
+        while let Some(read) = reading.join_next().await {
+            match read {
+                Ok(read) => reads.push(read),
+                Err(panic) => violations.push(format!("a client can't read its answer: {panic}")),
+            }
+        }
+    };
+    let read_all = tokio::time::timeout_at(until, all).await.is_ok();
+    if !read_all {
+        violations.push(format!("7: a client still waits, {CALM_MAX:?} after the storm"));
+    }
+    loop {
+        let logs = checks::logs(site).await;
+        match checks::unfinished(site, &logs).await {
+            None => return (reads, violations),
+            Some(problem) if tokio::time::Instant::now() >= until => {
+                violations.push(format!("{problem}, {CALM_MAX:?} after the storm"));
+                return (reads, violations);
+            }
+            Some(_) => sleep(LOOK).await,
+        }
+    }
+}

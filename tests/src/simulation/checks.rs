@@ -1,0 +1,208 @@
+//! What must hold once it is calm again: the invariants of ARCHITECTURE.md, under its numbers.
+
+use super::{
+    client::{Ending, Read},
+    site::Site,
+};
+use crate::invariants;
+use forebay_schemas::{
+    event::{Body, Event, FailureCode, FinishReason},
+    ids::WorkerId,
+    lifecycle::{Lifecycle, Phase},
+    task::Role,
+};
+use forebay_streams::{
+    environment::Condition,
+    log::{LogRef, Recorded},
+};
+use forebay_workers::{
+    engine::{Draw, Engine, Row},
+    output::OutputText,
+};
+use std::collections::BTreeMap;
+
+/// A promise that was not kept, in words.
+pub(super) type Violation = String;
+
+/// All logs, as they are.
+pub(super) type Logs = BTreeMap<LogRef, Vec<Recorded>>;
+
+/// All logs that were begun.
+pub(super) async fn logs(site: &Site) -> Logs {
+    let begun: Vec<LogRef> = site.world.record().logs.keys().cloned().collect();
+    let mut logs = Logs::new();
+    for log in begun {
+        let events = site.world.streams.log.read(&log, 0).await.expect("memory answers");
+        if !events.is_empty() {
+            logs.insert(log, events);
+        }
+    }
+    logs
+}
+
+/// What keeps the simulation from being over, if anything does: 1, 5 and 7.
+pub(super) async fn unfinished(site: &Site, logs: &Logs) -> Option<Violation> {
+    let queued = |role| site.world.streams.tasks.depth(role, &site.card().key);
+    for role in [Role::Decode, Role::Prefill] {
+        let depth = queued(role).await.expect("memory answers");
+        if depth.lag() > 0 {
+            return Some(format!("5: a task is left in the {} queue: {depth:?}", role.as_str()));
+        }
+    }
+    for (log, events) in logs {
+        if !events.iter().any(|recorded| recorded.event.body.is_terminal()) && !is_orphan(site, log, events) {
+            return Some(format!("1: {log} has not ended"));
+        }
+    }
+    let workers = site.world.streams.registry.workers().await.expect("memory answers").borrow().clone();
+    let held = workers.values().find(|worker| worker.free_slots != worker.slots);
+    if let Some(held) = held {
+        return Some(format!("5: {} holds {} slots", held.worker, held.slots - held.free_slots));
+    }
+    None
+}
+
+/// A log that its gateway began and, being dead, could not queue: nobody was told that it is accepted.
+fn is_orphan(site: &Site, log: &LogRef, events: &[Recorded]) -> bool {
+    let gateway = site.world.record().logs[log].condition();
+    events.len() == 1 && gateway == Condition::Dead
+}
+
+/// What each log and each answer must be like.
+pub(super) fn violations(site: &Site, logs: &Logs, reads: &[Read]) -> Vec<Violation> {
+    let mut found = Vec::new();
+    let mut states = BTreeMap::new();
+    for (log, events) in logs {
+        if is_orphan(site, log, events) {
+            continue;
+        }
+        match invariants::of_log(events) {
+            Ok(state) => {
+                found.extend(undisturbed(site, &state).map(|problem| format!("{log}: {problem}")));
+                states.insert(log.request, state);
+            }
+            Err(broken) => found.push(format!("{log}: {broken}")),
+        }
+        found.extend(one_hand(site, events).map(|problem| format!("{log}: {problem}")));
+        found.extend(sealed_bytes(events).map(|problem| format!("{log}: {problem}")));
+    }
+    for read in reads {
+        let Some(answer) = &read.answer else { continue };
+        let Some(state) = states.get(&answer.request) else {
+            if answer.status == 200 {
+                found.push(format!("1: {} was accepted and has no log that ended", answer.request));
+            }
+            continue;
+        };
+        // Who left, was cut off, or was told of an error has a part of it.
+        let problem = match read.ending {
+            Ending::Whole if answer.status == 200 && answer.error.is_none() => match answer.finish {
+                None => Some("2: the answer broke off".to_owned()),
+                Some(_) => invariants::of_answer(state, answer).err().map(|broken| broken.to_string()),
+            },
+            Ending::Whole | Ending::Left | Ending::Broken => (!state.text.starts_with(&answer.text))
+                .then(|| format!("2: read {:?}, logged {:?}", answer.text, state.text)),
+        };
+        found.extend(problem.map(|problem| format!("{}: {problem}", answer.request)));
+    }
+    found
+}
+
+/// 3, by who really appended: work on an attempt is stored by the process that claimed it.
+fn one_hand(site: &Site, events: &[Recorded]) -> Option<Violation> {
+    let record = site.world.record();
+    let hand = |worker: &WorkerId| record.workers.get(worker).map(|link| link.name.clone());
+    let (mut decoder, mut prefiller) = (None, None);
+    for Recorded { seq, event } in events {
+        let expected = match &event.body {
+            Body::Claimed(claimed) => {
+                decoder = hand(&claimed.worker);
+                &decoder
+            }
+            Body::PrefillClaimed(claimed) => {
+                prefiller = hand(&claimed.worker);
+                &prefiller
+            }
+            Body::KvReady(_) | Body::PrefillCompleted(_) => &prefiller,
+            Body::PrefillQueued(_)
+            | Body::KvTransferred(_)
+            | Body::TokensGenerated(_)
+            | Body::RequestCompleted(_)
+            | Body::Released(_) => &decoder,
+            Body::RequestAccepted(_)
+            | Body::KvLost(_)
+            | Body::RequestFailed(_)
+            | Body::RequestCancelled(_) => continue,
+        };
+        let by = record.stored.get(seq).map(|(_, by)| by.clone());
+        if by != *expected {
+            let name = event.body.name();
+            return Some(format!("3: {name} at {seq} is by {by:?}, the claim by {expected:?}"));
+        }
+    }
+    None
+}
+
+/// 4: the tokens and the text of a run without trouble.
+fn undisturbed(site: &Site, state: &Lifecycle) -> Option<Violation> {
+    if let Some(failure) = &state.failure
+        && failure.code == FailureCode::EngineFailed
+    {
+        return Some(format!("6: the engine failed: {}", failure.message));
+    }
+    let expected = tokens(site, state);
+    if !expected.starts_with(&state.tokens) {
+        return Some(format!("4: tokens {:?}, undisturbed {expected:?}", state.tokens));
+    }
+    let accepted = Event {
+        request: state.request,
+        attempt: 0,
+        time_us: state.accepted_us,
+        body: Body::RequestAccepted((*state.accepted).clone()),
+    };
+    let fresh = Lifecycle::begin(&accepted).expect("it begins a log");
+    let eos = site.card().eos_token_ids.clone().into();
+    let mut output = OutputText::resume(Site::tokenizer(), eos, &fresh);
+    let mut text = String::new();
+    for token in &state.tokens {
+        output.push(*token);
+        text.push_str(&output.release());
+    }
+    let whole = state.phase == Phase::Completed;
+    let same = if whole { text == state.text } else { text.starts_with(&state.text) };
+    if !same {
+        return Some(format!("4: text {:?}, undisturbed {text:?}", state.text));
+    }
+    if whole && (output.finish() != state.finish || state.finish.is_none()) {
+        return Some(format!("4: finished by {:?}, undisturbed {:?}", state.finish, output.finish()));
+    }
+    let all = state.tokens.len() == state.accepted.max_tokens as usize;
+    (state.finish == Some(FinishReason::Length) && !all)
+        .then(|| format!("4: {} of {} tokens", state.tokens.len(), state.accepted.max_tokens))
+}
+
+fn tokens(site: &Site, state: &Lifecycle) -> Vec<u32> {
+    let mut engine = site.plan().engine();
+    let sampling = &state.accepted.sampling;
+    let draw = |index| Draw { sampling, index };
+    let prompt = &state.accepted.prompt;
+    let first = engine.prefill(0, 0, prompt, Some(draw(0))).expect("it fits").expect("a token is drawn");
+    let (mut tokens, mut drawn) = (vec![first.token], Vec::new());
+    for index in 1..state.accepted.max_tokens {
+        let position = prompt.len() as u32 + index - 1;
+        let row = Row { slot: 0, position, token: tokens[index as usize - 1], draw: draw(index) };
+        engine.decode(&[row], &[0; 8], &mut drawn).expect("it fits");
+        tokens.push(drawn[0].token);
+    }
+    tokens
+}
+
+/// 6: nothing here damages memory, so that KV under its lease is whole.
+fn sealed_bytes(events: &[Recorded]) -> Option<Violation> {
+    events.iter().find_map(|recorded| match &recorded.event.body {
+        Body::KvLost(lost) if lost.reason.contains("does not match") => {
+            Some(format!("6: {} at {}", lost.reason, recorded.seq))
+        }
+        _ => None,
+    })
+}

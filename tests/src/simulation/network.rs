@@ -1,0 +1,488 @@
+//! What lies between a simulated process and the backend: latency, loss, partitions, replicas that lag.
+
+use super::{
+    chance::{below, chance},
+    world::{Way, World},
+};
+use async_trait::async_trait;
+use bytes::Bytes;
+use forebay_schemas::{
+    card::{BlobRef, ModelCard, WorkerLease},
+    dead_letter::DeadLetter,
+    event::Event,
+    ids::{GatewayId, ModelKey, RequestId, WorkerId},
+    task::Role,
+};
+use forebay_streams::{
+    StreamError, Streams,
+    dead_letters::{DeadLetters, Spent},
+    environment::{Condition, Process},
+    log::{AppendError, EventLog, Live, LogRef, Recorded, Refusal, persist},
+    registry::{Models, Registry, Workers},
+    tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
+};
+use futures::{StreamExt, stream::BoxStream};
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::sleep,
+};
+
+/// How long a process waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// One process's way to the backend. It has all four faces of a backend.
+#[derive(Clone)]
+pub(super) struct Link {
+    pub(super) world: Arc<World>,
+    pub(super) process: Process,
+    pub(super) name: Arc<str>,
+    /// Whether the backend and the process hear each other.
+    pub(super) way: Arc<Way>,
+}
+
+/// What becomes of one request to the backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Fate {
+    there: Duration,
+    back: Duration,
+    request_lost: bool,
+    answer_lost: bool,
+}
+
+impl Link {
+    pub(super) fn new(world: &Arc<World>, process: Process, name: &str) -> Link {
+        Link { world: world.clone(), process, name: name.into(), way: Arc::default() }
+    }
+
+    pub(super) fn streams(&self) -> Streams {
+        let link = Arc::new(self.clone());
+        Streams { log: link.clone(), tasks: link.clone(), dead_letters: link.clone(), registry: link }
+    }
+
+    fn passable(&self) -> bool {
+        self.way.is_open() && self.world.backend.is_open()
+    }
+
+    /// Waits until messages pass. False if the one that waits has got lost meanwhile.
+    async fn passes(&self) -> bool {
+        if self.passable() {
+            return true;
+        }
+        while !self.passable() {
+            self.way.opens().await;
+            self.world.backend.opens().await;
+        }
+        chance(500)
+    }
+
+    fn draw(&self) -> Fate {
+        let world = &self.world;
+        if world.is_calm() {
+            return Fate::default();
+        }
+        let weather = &world.weather;
+        let delay = || match chance(weather.slow) {
+            true => Duration::from_millis(below(weather.slow_ms)),
+            false => Duration::from_millis(below(4) / 3),
+        };
+        Fate {
+            there: delay(),
+            back: delay(),
+            request_lost: chance(weather.request_lost) && world.count("request lost"),
+            answer_lost: chance(weather.answer_lost) && world.count("answer lost"),
+        }
+    }
+
+    /// Carries a request to the backend and its answer back, or loses either.
+    async fn carry<T: Send + 'static>(
+        &self,
+        what: &str,
+        act: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, StreamError> {
+        let fate = self.draw();
+        if fate == Fate::default() && self.passable() {
+            return Ok(act.await);
+        }
+        self.send(what, PATIENCE, fate, act).await
+    }
+
+    async fn send<T: Send + 'static>(
+        &self,
+        what: &str,
+        patience: Duration,
+        fate: Fate,
+        act: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, StreamError> {
+        let (mut answer, answered) = oneshot::channel();
+        let link = self.clone();
+        tokio::spawn(async move {
+            sleep(fate.there).await;
+            if fate.request_lost || !link.passes().await {
+                return answer.closed().await;
+            }
+            let done = act.await;
+            sleep(fate.back).await;
+            if fate.answer_lost || !link.passes().await {
+                return answer.closed().await;
+            }
+            drop(answer.send(done));
+        });
+        match tokio::time::timeout(patience, answered).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(_)) | Err(_) => {
+                self.world.trace(|| format!("{}: no answer to: {what}", self.name));
+                Err(StreamError::new(what, "no answer"))
+            }
+        }
+    }
+
+    /// Live events as they come through.
+    fn live(&self, mut events: BoxStream<'static, Live>) -> BoxStream<'static, Live> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let link = self.clone();
+        tokio::spawn(async move {
+            loop {
+                let event = tokio::select! {
+                    biased;
+                    () = sender.closed() => return,
+                    event = events.next() => event,
+                };
+                let Some(event) = event else { return };
+                link.deliver(&sender, event);
+            }
+        });
+        futures::stream::unfold(receiver, |mut receiver| async {
+            receiver.recv().await.map(|event| (event, receiver))
+        })
+        .boxed()
+    }
+
+    fn deliver(&self, to: &mpsc::UnboundedSender<Live>, event: Live) {
+        let (world, weather) = (&self.world, &self.world.weather);
+        let calm = world.is_calm();
+        if !self.passable() || !calm && chance(weather.live_lost) {
+            world.count("live event lost");
+            return;
+        }
+        if !calm && chance(weather.live_twice) && world.count("live event twice") {
+            let _ = to.send(event.clone());
+        }
+        if calm || !(chance(weather.live_late) && world.count("live event late")) {
+            let _ = to.send(event);
+            return;
+        }
+        let (to, late) = (to.clone(), Duration::from_millis(below(weather.slow_ms)));
+        tokio::spawn(async move {
+            sleep(late).await;
+            let _ = to.send(event);
+        });
+    }
+
+    /// What a replica answers that may lag behind: events up to some time ago.
+    fn stale(&self, mut events: Vec<Recorded>) -> Vec<Recorded> {
+        let (world, weather) = (&self.world, &self.world.weather);
+        if !world.is_calm() && chance(weather.stale_read) {
+            let lag = Duration::from_millis(below(weather.stale_ms + 1));
+            let known = events.len();
+            events.retain(|recorded| world.age(recorded.seq) >= lag);
+            if events.len() < known {
+                world.count("stale read");
+            }
+        }
+        events
+    }
+
+    async fn try_append(
+        &self,
+        log: &LogRef,
+        event: &Event,
+        act: impl Future<Output = Result<u64, AppendError>> + Send + 'static,
+    ) -> Result<u64, Refusal> {
+        let name = event.body.name();
+        let link = self.clone();
+        let of = log.clone();
+        let attempt = event.attempt;
+        let stored = async move {
+            let done = act.await;
+            let world = &link.world;
+            match &done {
+                Ok(seq) => {
+                    world.stored(*seq, &link.name);
+                    world.trace(|| format!("{}: {of} {seq}: {name} of {attempt}", link.name));
+                }
+                Err(error) => world.trace(|| format!("{}: {name} of {attempt} refused: {error}", link.name)),
+            }
+            done
+        };
+        match self.carry(name, stored).await {
+            Ok(Ok(seq)) => Ok(seq),
+            Ok(Err(error)) => Err(Refusal::Final(error)),
+            Err(error) => Err(Refusal::Unknown(error.to_string())),
+        }
+    }
+
+    /// The world must know whose process a worker is.
+    fn introduce(&self, worker: &WorkerId) {
+        self.world.introduce(worker, self);
+    }
+}
+
+#[async_trait]
+impl EventLog for Link {
+    async fn append(&self, log: &LogRef, after: u64, event: &Event) -> Result<u64, AppendError> {
+        persist(log, || {
+            let (backend, to, what) = (self.world.streams.log.clone(), log.clone(), event.clone());
+            self.try_append(log, event, async move { backend.append(&to, after, &what).await })
+        })
+        .await
+    }
+
+    async fn begin(&self, log: &LogRef, event: &Event) -> Result<u64, AppendError> {
+        self.world.begun(log, &self.process);
+        persist(log, || {
+            let (backend, to, what) = (self.world.streams.log.clone(), log.clone(), event.clone());
+            self.try_append(log, event, async move { backend.begin(&to, &what).await })
+        })
+        .await
+    }
+
+    async fn remove(&self, log: &LogRef) -> Result<(), StreamError> {
+        let (backend, log) = (self.world.streams.log.clone(), log.clone());
+        self.carry("remove", async move { backend.remove(&log).await }).await?
+    }
+
+    async fn read(&self, log: &LogRef, after: u64) -> Result<Vec<Recorded>, StreamError> {
+        let (link, log) = (self.clone(), log.clone());
+        let read = async move {
+            let events = link.world.streams.log.read(&log, after).await?;
+            Ok(link.stale(events))
+        };
+        self.carry("read", read).await?
+    }
+
+    async fn last_seq(&self, log: &LogRef) -> Result<u64, StreamError> {
+        let (link, log) = (self.clone(), log.clone());
+        let read = async move {
+            let events = link.world.streams.log.read(&log, 0).await?;
+            Ok(link.stale(events).last().map_or(0, |last| last.seq))
+        };
+        self.carry("last_seq", read).await?
+    }
+
+    async fn find(&self, request: RequestId) -> Result<Option<LogRef>, StreamError> {
+        let backend = self.world.streams.log.clone();
+        self.carry("find", async move { backend.find(request).await }).await?
+    }
+
+    async fn tail(&self, gateway: &GatewayId) -> Result<BoxStream<'static, Live>, StreamError> {
+        let (backend, gateway) = (self.world.streams.log.clone(), gateway.clone());
+        let events = self.carry("tail", async move { backend.tail(&gateway).await }).await??;
+        Ok(self.live(events))
+    }
+
+    async fn watch(&self, log: &LogRef) -> Result<BoxStream<'static, Live>, StreamError> {
+        let (backend, log) = (self.world.streams.log.clone(), log.clone());
+        let events = self.carry("watch", async move { backend.watch(&log).await }).await??;
+        Ok(self.live(events))
+    }
+
+    async fn tail_all(&self) -> Result<BoxStream<'static, Live>, StreamError> {
+        let backend = self.world.streams.log.clone();
+        let events = self.carry("tail_all", async move { backend.tail_all().await }).await??;
+        Ok(self.live(events))
+    }
+}
+
+#[async_trait]
+impl Tasks for Link {
+    async fn ensure(&self, model: &ModelKey) -> Result<(), StreamError> {
+        let (backend, model) = (self.world.streams.tasks.clone(), model.clone());
+        self.carry("ensure", async move { backend.ensure(&model).await }).await?
+    }
+
+    async fn publish(
+        &self,
+        role: Role,
+        model: &ModelKey,
+        dedup_id: &str,
+        payload: Bytes,
+    ) -> Result<(), EnqueueError> {
+        let (link, model, id) = (self.clone(), model.clone(), dedup_id.to_owned());
+        let publish = async move {
+            link.world.trace(|| format!("{}: queues {id}", link.name));
+            link.world.streams.tasks.publish(role, &model, &id, payload).await
+        };
+        self.carry("publish", publish).await?
+    }
+
+    async fn pull(
+        &self,
+        role: Role,
+        model: &ModelKey,
+        wait: Duration,
+    ) -> Result<Option<Delivery>, StreamError> {
+        let fate = self.draw();
+        let (wanted, given_up) = oneshot::channel::<()>();
+        let (link, model) = (self.clone(), model.clone());
+        let pull = async move {
+            let pulled = tokio::select! {
+                biased;
+                // Whoever stops listening takes away its interest, and gets nothing more.
+                _ = given_up => return Ok(None),
+                pulled = link.world.streams.tasks.pull(role, &model, wait) => pulled,
+            };
+            if let Ok(Some(delivery)) = &pulled {
+                link.world.trace(|| {
+                    format!("{}: gets {} task, delivery {}", link.name, role.as_str(), delivery.delivery)
+                });
+            }
+            pulled
+        };
+        let pulled = self.send("pull", wait + PATIENCE, fate, pull).await;
+        drop(wanted);
+        pulled?
+    }
+
+    async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
+        let (link, subject) = (self.clone(), ack_subject.to_owned());
+        let answer = async move {
+            if verdict != Verdict::Progress {
+                link.world.trace(|| format!("{}: {verdict:?} to {subject}", link.name));
+            }
+            link.world.streams.tasks.answer(&subject, verdict).await
+        };
+        self.carry("answer", answer).await?
+    }
+
+    fn ack_wait(&self) -> Duration {
+        self.world.streams.tasks.ack_wait()
+    }
+
+    fn max_deliver(&self) -> u64 {
+        self.world.streams.tasks.max_deliver()
+    }
+
+    async fn depth(&self, role: Role, model: &ModelKey) -> Result<Depth, StreamError> {
+        let (backend, model) = (self.world.streams.tasks.clone(), model.clone());
+        self.carry("depth", async move { backend.depth(role, &model).await }).await?
+    }
+
+    async fn signal_cancel(&self, worker: &WorkerId, signal: &CancelSignal) -> Result<(), StreamError> {
+        let (backend, worker, signal) = (self.world.streams.tasks.clone(), worker.clone(), signal.clone());
+        self.carry("signal_cancel", async move { backend.signal_cancel(&worker, &signal).await }).await?
+    }
+
+    async fn presence(&self, worker: &WorkerId, wait: Duration) -> Result<Presence, StreamError> {
+        let (link, worker) = (self.clone(), worker.clone());
+        let ask = async move {
+            let world = &link.world;
+            let Some(other) = world.link_of(&worker) else { return Ok(Presence::Gone) };
+            match other.process.condition() {
+                Condition::Dead => Ok(Presence::Gone),
+                Condition::Runs if other.passable() => world.streams.tasks.presence(&worker, wait).await,
+                Condition::Runs | Condition::Stands => {
+                    sleep(wait).await;
+                    Ok(Presence::Silent)
+                }
+            }
+        };
+        self.send("presence", wait + PATIENCE, self.draw(), ask).await?
+    }
+
+    async fn cancel_signals(
+        &self,
+        worker: &WorkerId,
+    ) -> Result<BoxStream<'static, CancelSignal>, StreamError> {
+        self.introduce(worker);
+        let (backend, worker) = (self.world.streams.tasks.clone(), worker.clone());
+        let signals = self.carry("cancel_signals", async move { backend.cancel_signals(&worker).await });
+        let link = self.clone();
+        let heard = move |_: &CancelSignal| {
+            let lost = !link.passable() || !link.world.is_calm() && chance(link.world.weather.live_lost);
+            std::future::ready(!lost)
+        };
+        Ok(signals.await??.filter(heard).boxed())
+    }
+}
+
+#[async_trait]
+impl DeadLetters for Link {
+    async fn bury(&self, letter: &DeadLetter) -> Result<(), StreamError> {
+        let (backend, letter) = (self.world.streams.dead_letters.clone(), letter.clone());
+        self.carry("bury", async move { backend.bury(&letter).await }).await?
+    }
+
+    async fn list(&self) -> Result<Vec<DeadLetter>, StreamError> {
+        let backend = self.world.streams.dead_letters.clone();
+        self.carry("list", async move { backend.list().await }).await?
+    }
+
+    async fn drop_letter(&self, request: RequestId) -> Result<u64, StreamError> {
+        let backend = self.world.streams.dead_letters.clone();
+        self.carry("drop_letter", async move { backend.drop_letter(request).await }).await?
+    }
+
+    async fn spent(&self, wait: Duration) -> Result<Option<Spent>, StreamError> {
+        let backend = self.world.streams.dead_letters.clone();
+        self.send("spent", wait + PATIENCE, self.draw(), async move { backend.spent(wait).await }).await?
+    }
+
+    async fn settle(&self, spent: &Spent) -> Result<(), StreamError> {
+        let (backend, spent) = (self.world.streams.dead_letters.clone(), spent.clone());
+        self.carry("settle", async move { backend.settle(&spent).await }).await?
+    }
+}
+
+#[async_trait]
+impl Registry for Link {
+    async fn publish_model(&self, card: &ModelCard) -> Result<(), StreamError> {
+        let (backend, card) = (self.world.streams.registry.clone(), card.clone());
+        self.carry("publish_model", async move { backend.publish_model(&card).await }).await?
+    }
+
+    async fn models(&self) -> Result<watch::Receiver<Models>, StreamError> {
+        let backend = self.world.streams.registry.clone();
+        self.carry("models", async move { backend.models().await }).await?
+    }
+
+    async fn renew(&self, lease: &WorkerLease) -> Result<(), StreamError> {
+        self.introduce(&lease.worker);
+        let (backend, lease) = (self.world.streams.registry.clone(), lease.clone());
+        self.carry("renew", async move { backend.renew(&lease).await }).await?
+    }
+
+    async fn resign(&self, worker: &WorkerId) -> Result<(), StreamError> {
+        let (backend, worker) = (self.world.streams.registry.clone(), worker.clone());
+        self.carry("resign", async move { backend.resign(&worker).await }).await?
+    }
+
+    fn lease_time(&self) -> Duration {
+        self.world.streams.registry.lease_time()
+    }
+
+    async fn workers(&self) -> Result<watch::Receiver<Workers>, StreamError> {
+        let backend = self.world.streams.registry.clone();
+        let mut all = self.carry("workers", async move { backend.workers().await }).await??;
+        let (sender, receiver) = watch::channel(all.borrow_and_update().clone());
+        let link = self.clone();
+        tokio::spawn(async move {
+            while all.changed().await.is_ok() && !sender.is_closed() {
+                sleep(link.draw().there).await;
+                link.passes().await;
+                sender.send_replace(all.borrow_and_update().clone());
+            }
+        });
+        Ok(receiver)
+    }
+
+    async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, StreamError> {
+        let backend = self.world.streams.registry.clone();
+        self.carry("put_blob", async move { backend.put_blob(bytes).await }).await?
+    }
+
+    async fn get_blob(&self, blob: &BlobRef) -> Result<Bytes, StreamError> {
+        let (backend, blob) = (self.world.streams.registry.clone(), blob.clone());
+        self.carry("get_blob", async move { backend.get_blob(&blob).await }).await?
+    }
+}
