@@ -22,8 +22,11 @@ use forebay_streams::{
 };
 use rustix::process::Signal;
 use std::{
-    cell::Cell,
     process::{Command, Output},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 use tempfile::TempDir;
@@ -50,10 +53,10 @@ pub struct Deployment {
     pub streams: Streams,
     workers: watch::Receiver<Workers>,
     settings: Vec<(String, String)>,
-    started: Cell<u32>,
+    started: AtomicU32,
     // In this order: the server ends before its files go.
-    watchdog: Watchdog,
-    nats: Server,
+    watchdog: Mutex<Watchdog>,
+    nats: Mutex<Server>,
     folder: TempDir,
     _room: SemaphorePermit<'static>,
 }
@@ -88,8 +91,9 @@ impl Deployment {
     /// The same with a monitoring endpoint, whose URL is returned.
     pub async fn start_monitored() -> (Deployment, String) {
         let deployment = Deployment::start().await;
-        let Deployment { mut nats, folder, _room: room, watchdog, .. } = deployment;
+        let Deployment { nats, folder, _room: room, watchdog, .. } = deployment;
         drop(watchdog);
+        let mut nats = nats.into_inner().expect("no panics while held");
         let port = forebay_streams::server::free_port().expect("a port is free");
         let config = folder.path().join("nats/nats.conf");
         let text = std::fs::read_to_string(&config).expect("the server's configuration");
@@ -127,7 +131,16 @@ impl Deployment {
             ("FOREBAY_PARENT", std::process::id().to_string()),
         ];
         let settings = settings.map(|(name, value)| (name.to_owned(), value)).to_vec();
-        Deployment { streams, workers, settings, started: Cell::new(0), watchdog, nats, folder, _room: room }
+        Deployment {
+            streams,
+            workers,
+            settings,
+            started: AtomicU32::new(0),
+            watchdog: Mutex::new(watchdog),
+            nats: Mutex::new(nats),
+            folder,
+            _room: room,
+        }
     }
 
     /// Lets workers that are started from now on simulate, with that much time for a decode step: tokens are then
@@ -144,15 +157,29 @@ impl Deployment {
 
     /// Where NATS is.
     pub fn nats_url(&self) -> String {
-        self.nats.url()
+        self.nats().url()
+    }
+
+    /// Where NATS is, as `host:port`, each server.
+    pub fn nats_addresses(&self) -> Vec<String> {
+        self.nats_url().split(',').map(|url| url.trim_start_matches("nats://").to_owned()).collect()
+    }
+
+    fn nats(&self) -> MutexGuard<'_, Server> {
+        self.nats.lock().expect("no panics while held")
     }
 
     /// Kills the nats-server as a power cut would, and starts it again after a while.
-    pub async fn interrupt_nats(&mut self, pause: Duration) {
-        self.nats.kill();
+    pub async fn interrupt_nats(&self, pause: Duration) {
+        self.nats().kill();
         tokio::time::sleep(pause).await;
-        self.nats.restart().expect("nats-server starts again");
-        self.watchdog = Watchdog::over(self.nats.pid());
+        let restart = || {
+            let mut nats = self.nats();
+            nats.restart().expect("nats-server starts again");
+            nats.pid()
+        };
+        let pid = tokio::task::block_in_place(restart);
+        *self.watchdog.lock().expect("no panics while held") = Watchdog::over(pid);
     }
 
     /// A `forebay` command on this deployment.
@@ -169,9 +196,13 @@ impl Deployment {
     }
 
     fn launch(&self, name: &str, arguments: &[&str]) -> Process {
-        self.started.set(self.started.get() + 1);
-        let log = self.folder.path().join(format!("{name}-{}.log", self.started.get()));
-        Process::start(name, &mut self.command(arguments), log)
+        self.launch_with(name, &mut self.command(arguments))
+    }
+
+    /// Starts a command of [`Deployment::command`] that was given settings of its own.
+    pub fn launch_with(&self, name: &str, command: &mut Command) -> Process {
+        let number = self.started.fetch_add(1, Ordering::Relaxed) + 1;
+        Process::start(name, command, self.folder.path().join(format!("{name}-{number}.log")))
     }
 
     /// Starts a gateway, with these flags besides, and waits until it is ready.
@@ -266,17 +297,17 @@ impl Deployment {
         soon("an event is in the log", logged).await;
     }
 
+    /// Living workers, kept up to date.
+    pub fn registered(&self) -> watch::Receiver<Workers> {
+        self.workers.clone()
+    }
+
     /// Waits for a request's end, and checks that its log keeps the invariants. Returns how it ended.
     pub async fn check_log(&self, request: RequestId) -> Lifecycle {
         self.logged(request, |event| event.body.is_terminal()).await;
         let events = self.events(request).await;
-        invariants::of_log(&events).unwrap_or_else(|broken| {
-            let line = |Recorded { seq, event }: &Recorded| {
-                format!("{seq}: {}: {:.240}", event.attempt, format!("{:?}", event.body))
-            };
-            let events: Vec<_> = events.iter().map(line).collect();
-            panic!("{broken} in the log of {request}:\n{}", events.join("\n"))
-        })
+        invariants::of_log(&events)
+            .unwrap_or_else(|broken| panic!("{broken} in the log of {request}:\n{}", shown(&events)))
     }
 
     /// [`Deployment::check_log`], and that the client has read what the log says.
@@ -294,6 +325,20 @@ impl Worker {
     pub fn terminate(&self) {
         self.process.signal(Signal::TERM);
     }
+}
+
+/// A log for people, a line an event.
+pub fn shown(events: &[Recorded]) -> String {
+    let line = |Recorded { seq, event }: &Recorded| {
+        let body = format!("{:?}", event.body);
+        format!(
+            "{seq}: {}.{:06}: {}: {body:.240}",
+            event.time_us / 1_000_000,
+            event.time_us % 1_000_000,
+            event.attempt
+        )
+    };
+    events.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// A `forebay` command that has no settings but its arguments.
