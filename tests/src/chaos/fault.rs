@@ -76,13 +76,13 @@ impl Fault {
             _ => {}
         }
         let part = match dice.within(0..100) {
-            0..50 => Part::Decode,
-            50..80 => Part::Prefill,
+            0..45 => Part::Decode,
+            45..75 => Part::Prefill,
             _ => Part::Gateway,
         };
         let blow = match dice.within(0..100) {
             0..45 => Blow::Kill(if dice.percent(70) { Duration::ZERO } else { dice.millis(0..1000) }),
-            45..58 => Blow::Freeze(dice.millis(500..8000)),
+            45..58 => Blow::Freeze(freeze(dice)),
             58..70 => Blow::Drain,
             70..82 => Blow::Cut(dice.millis(0..3000)),
             82..92 => Blow::Still(dice.millis(200..5000)),
@@ -92,6 +92,11 @@ impl Fault {
         let moment = dice.percent(50).then(|| *dice.pick(moments));
         Fault::Process { blow, part, moment }
     }
+}
+
+/// Half a second to eight, more often short than long.
+fn freeze(dice: &mut Dice) -> Duration {
+    dice.millis(500..8000).min(dice.millis(500..8000))
 }
 
 impl fmt::Display for Part {

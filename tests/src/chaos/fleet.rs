@@ -21,6 +21,9 @@ const START_PATIENCE: Duration = Duration::from_secs(60);
 /// How long one try may take.
 const TRY_PATIENCE: Duration = Duration::from_secs(15);
 
+/// How often the last process of a kind that nothing happens to may be taken as well.
+const LAST_PERCENT: u64 = 3;
+
 /// Seconds that a process that is told to stop gives its requests.
 pub const GRACE: Duration = Duration::from_secs(5);
 
@@ -113,11 +116,17 @@ impl Fleet {
         }
     }
 
-    /// Takes one of those that fit out of its place, if one is there.
+    /// Takes one of those that fit out of its place, if one is there. Seldom the last one of its kind: with nobody to work,
+    /// there is little that can go wrong.
     pub fn take(&self, dice: &mut Dice, fits: impl Fn(&Member) -> bool) -> Option<(usize, Member)> {
         let mut places = self.places.lock().expect("no panics while held");
-        let there = |place: &Place| place.member.as_ref().is_some_and(&fits);
-        let fitting: Vec<usize> = (0..places.len()).filter(|index| there(&places[*index])).collect();
+        let last_too = dice.percent(LAST_PERCENT);
+        let there =
+            |part| places.iter().filter_map(|place| place.member.as_ref()).filter(|m| m.part == part).count();
+        let may = |place: &Place| {
+            place.member.as_ref().is_some_and(|member| fits(member) && (last_too || there(member.part) > 1))
+        };
+        let fitting: Vec<usize> = (0..places.len()).filter(|index| may(&places[*index])).collect();
         if fitting.is_empty() {
             return None;
         }
