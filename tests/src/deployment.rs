@@ -17,7 +17,7 @@ use forebay_streams::{
     jetstream::{self, Limits, Options},
     log::Recorded,
     registry::Workers,
-    server::Server,
+    server::{Cluster, Server},
     tasks::Depth,
 };
 use rustix::process::Signal;
@@ -56,9 +56,15 @@ pub struct Deployment {
     started: AtomicU32,
     // In this order: the server ends before its files go.
     watchdog: Mutex<Watchdog>,
-    nats: Mutex<Server>,
+    nats: Mutex<Nats>,
     folder: TempDir,
     _room: SemaphorePermit<'static>,
+}
+
+/// What a deployment runs on.
+enum Nats {
+    One(Server),
+    Three(Cluster),
 }
 
 /// A running gateway.
@@ -85,26 +91,38 @@ impl Deployment {
         let room = ROOM.acquire().await.expect("never closed");
         let folder = files::scratch();
         let nats = Server::start(None, &folder.path().join("nats"), 0).expect("nats-server starts");
-        Deployment::on(nats, folder, room).await
+        Deployment::on(Nats::One(nats), folder, room).await
     }
 
-    /// The same with a monitoring endpoint, whose URL is returned.
+    /// The same on a cluster of three, with three copies of everything.
+    pub async fn start_on_cluster() -> Deployment {
+        let room = ROOM.acquire().await.expect("never closed");
+        let folder = files::scratch();
+        let start = || Cluster::start(None, &folder.path().join("nats")).expect("a cluster starts");
+        let nats = tokio::task::block_in_place(start);
+        Deployment::on(Nats::Three(nats), folder, room).await
+    }
+
+    /// A single server with a monitoring endpoint, whose URL is returned.
     pub async fn start_monitored() -> (Deployment, String) {
         let deployment = Deployment::start().await;
         let Deployment { nats, folder, _room: room, watchdog, .. } = deployment;
         drop(watchdog);
-        let mut nats = nats.into_inner().expect("no panics while held");
+        let Nats::One(mut nats) = nats.into_inner().expect("no panics while held") else {
+            unreachable!("one was started")
+        };
         let port = forebay_streams::server::free_port().expect("a port is free");
         let config = folder.path().join("nats/nats.conf");
         let text = std::fs::read_to_string(&config).expect("the server's configuration");
         std::fs::write(&config, format!("{text}http: \"127.0.0.1:{port}\"\n")).expect("it can be written");
         nats.restart().expect("nats-server starts again");
-        (Deployment::on(nats, folder, room).await, format!("http://127.0.0.1:{port}"))
+        (Deployment::on(Nats::One(nats), folder, room).await, format!("http://127.0.0.1:{port}"))
     }
 
-    async fn on(nats: Server, folder: TempDir, room: SemaphorePermit<'static>) -> Deployment {
-        let watchdog = Watchdog::over(nats.pid());
-        let limits = Limits { ack_wait: ACK_WAIT, lease_time: LEASE, ..Limits::default() };
+    async fn on(nats: Nats, folder: TempDir, room: SemaphorePermit<'static>) -> Deployment {
+        let watchdog = Watchdog::over(&nats.pids());
+        let replicas = nats.pids().len();
+        let limits = Limits { replicas, ack_wait: ACK_WAIT, lease_time: LEASE, ..Limits::default() };
         let options = Options {
             url: nats.url(),
             name: "test".into(),
@@ -117,6 +135,7 @@ impl Deployment {
         let path = |name: &str| folder.path().join(name).display().to_string();
         let settings = [
             ("FOREBAY_NATS", nats.url()),
+            ("FOREBAY_REPLICAS", replicas.to_string()),
             ("FOREBAY_DATA", path("data")),
             ("FOREBAY_SOCKETS", path("s")),
             ("FOREBAY_ACK_WAIT_S", ACK_WAIT.as_secs().to_string()),
@@ -165,21 +184,21 @@ impl Deployment {
         self.nats_url().split(',').map(|url| url.trim_start_matches("nats://").to_owned()).collect()
     }
 
-    fn nats(&self) -> MutexGuard<'_, Server> {
+    fn nats(&self) -> MutexGuard<'_, Nats> {
         self.nats.lock().expect("no panics while held")
     }
 
-    /// Kills the nats-server as a power cut would, and starts it again after a while.
+    /// Kills the nats-server as a power cut would, and starts it again after a while. Of a cluster, it is the server
+    /// that leads the log stream, and all are in step again afterwards.
     pub async fn interrupt_nats(&self, pause: Duration) {
-        self.nats().kill();
+        let killed = tokio::task::block_in_place(|| self.nats().kill());
         tokio::time::sleep(pause).await;
-        let restart = || {
+        let pids = tokio::task::block_in_place(|| {
             let mut nats = self.nats();
-            nats.restart().expect("nats-server starts again");
-            nats.pid()
-        };
-        let pid = tokio::task::block_in_place(restart);
-        *self.watchdog.lock().expect("no panics while held") = Watchdog::over(pid);
+            nats.restart(killed);
+            nats.pids()
+        });
+        *self.watchdog.lock().expect("no panics while held") = Watchdog::over(&pids);
     }
 
     /// A `forebay` command on this deployment.
@@ -317,6 +336,47 @@ impl Deployment {
             panic!("{broken} in the answer to {}: {answer:?}\n{state:?}", answer.request);
         }
         state
+    }
+}
+
+impl Nats {
+    fn url(&self) -> String {
+        match self {
+            Nats::One(server) => server.url(),
+            Nats::Three(cluster) => cluster.url(),
+        }
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        match self {
+            Nats::One(server) => vec![server.pid()],
+            Nats::Three(cluster) => cluster.pids(),
+        }
+    }
+
+    /// Kills a server, and says which.
+    fn kill(&mut self) -> usize {
+        match self {
+            Nats::One(server) => {
+                server.kill();
+                0
+            }
+            Nats::Three(cluster) => {
+                let leader = cluster.leader("FB_LOG").unwrap_or(0);
+                cluster.servers()[leader].kill();
+                leader
+            }
+        }
+    }
+
+    fn restart(&mut self, killed: usize) {
+        match self {
+            Nats::One(server) => server.restart().expect("nats-server starts again"),
+            Nats::Three(cluster) => {
+                cluster.servers()[killed].restart().expect("nats-server starts again");
+                cluster.wait_in_step().expect("the cluster is whole again");
+            }
+        }
     }
 }
 

@@ -114,15 +114,16 @@ fn pid(child: &Child) -> Pid {
     Pid::from_raw(child.id() as i32).expect("a child has a pid")
 }
 
-/// Kills another process once this one is gone, however it goes: a nats-server of a test that was aborted would
+/// Kills other processes once this one is gone, however it goes: a nats-server of a test that was aborted would
 /// stay for ever. Does nothing more once it is dropped in good order.
 #[derive(Debug)]
 pub(crate) struct Watchdog(Child);
 
 impl Watchdog {
-    pub(crate) fn over(pid: u32) -> Watchdog {
+    pub(crate) fn over(pids: &[u32]) -> Watchdog {
+        let pids = pids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
         // Its standard input closes with the last process that has the other end.
-        let script = format!("trap '' INT TERM; read order || kill -9 {pid}");
+        let script = format!("trap '' INT TERM; read order || kill -9 {pids}");
         let mut command = Command::new("sh");
         command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         Watchdog(command.process_group(0).spawn().expect("a shell can be started"))

@@ -122,7 +122,8 @@ impl fmt::Display for Engine {
 pub async fn run(options: &Options, stop: &CancellationToken, say: impl Fn(&str)) -> anyhow::Result<Report> {
     let began = Instant::now();
     let mut dice = Dice::new(options.seed);
-    let mut deployment = Deployment::start().await;
+    let mut deployment =
+        if options.cluster { Deployment::start_on_cluster().await } else { Deployment::start().await };
     settle(&mut deployment, options, Duration::ZERO);
     let questions = undisturbed(&deployment, options, &mut dice).await;
     say(&format!("{} questions answered in calm after {:.1?}", questions.len(), began.elapsed()));
@@ -194,8 +195,9 @@ async fn undisturbed(deployment: &Deployment, options: &Options, dice: &mut Dice
     let mut worker = deployment.decode().await;
     let mut gateway = deployment.gateway(&[]).await;
     let questions = load::questions(dice, options.questions, options.tokens, deployment, &gateway).await;
-    worker.process.kill();
+    worker.terminate();
     gateway.process.kill();
+    worker.process.ended().await;
     deployment.gone(&worker.id).await;
     questions.into()
 }
