@@ -1,6 +1,7 @@
 //! What end-to-end tests are made of: a [`Deployment`] of real processes around a nats-server of its own, a
 //! [`client`] that reads what any client would, and the [`invariants`] that every log must keep, whatever died.
 
+pub mod chaos;
 pub mod client;
 pub mod deployment;
 pub mod files;
