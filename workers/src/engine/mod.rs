@@ -58,6 +58,13 @@ pub trait Engine: Send {
     /// beyond the range being copied for one that is being loaded. Entries of slots in `rows` are ignored.
     fn decode(&mut self, rows: &[Row<'_>], parked: &[u32], out: &mut Vec<Sampled>)
     -> Result<(), EngineError>;
+
+    /// Logits of row number `row` of the last step (0 for a prefill), one for each token of the vocabulary. None, before
+    /// any step too, from an engine that draws by other means. A draw with a temperature overwrites those of its row:
+    /// whoever wants to see them draws greedily.
+    fn row_logits(&self, _row: usize) -> Option<&[f32]> {
+        None
+    }
 }
 
 /// One sequence's part in a decode step.
