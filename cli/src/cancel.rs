@@ -50,12 +50,13 @@ pub(crate) fn run(args: &CancelArgs) -> anyhow::Result<()> {
     })
 }
 
-/// How a request ended, in words.
+/// How a request ended, in words; or where it is.
 pub(crate) fn ending(state: &Lifecycle) -> String {
     match (&state.phase, &state.finish, &state.failure) {
         (Phase::Completed, Some(reason), _) => format!("completed ({reason:?})").to_lowercase(),
         (Phase::Failed, _, Some(failure)) => format!("failed: {}", failure.message),
         (Phase::Cancelled, ..) => "cancelled".to_owned(),
-        (phase, ..) => format!("{phase:?}").to_lowercase(),
+        (phase, ..) => serde_json::to_value(phase)
+            .map_or(String::new(), |name| name.as_str().unwrap_or_default().replace('_', " ")),
     }
 }

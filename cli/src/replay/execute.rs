@@ -128,7 +128,7 @@ fn differences(
             }
             None => {
                 lines.push(format!("  logged   {logged}"));
-                lines.push(format!("  here     {drawn} (no logits: this engine has none of both)"));
+                lines.push(format!("  here     {drawn} (this engine has no logits)"));
             }
         }
     }

@@ -59,14 +59,11 @@ fn facts(export: &Export, state: &Lifecycle) -> Vec<String> {
             accepted.model,
             accepted.prompt.len()
         ),
-        format!(
-            "phase      {}",
-            if state.phase.is_terminal() { ending(state) } else { format!("{:?}", state.phase) }
-        ),
+        format!("phase      {}", ending(state)),
         format!("attempt    {}", state.attempt),
         format!("worker     {}", named(&state.worker)),
         format!("prefiller  {}", named(&state.prefiller)),
-        format!("deadline   {} after the first event", millis(accepted.timeout_ms.saturating_mul(1000))),
+        format!("deadline   {:.1} s after the first event", accepted.timeout_ms as f64 / 1e3),
     ];
     for kv in &state.kv {
         let (start, end) = (kv.tokens.start, kv.tokens.end());
@@ -139,7 +136,7 @@ mod tests {
         attempt    0
         worker     none
         prefiller  none
-        deadline   1000.00 ms after the first event
+        deadline   1.0 s after the first event
         tokens     0 of at most 9: []
         text       ""
         "#);
