@@ -10,6 +10,9 @@ use std::{path::PathBuf, time::Duration};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+/// Heading of flags that choose what is shown. They are no settings, even where they are called like one.
+pub(crate) const FILTERS: &str = "Filters";
+
 /// Where NATS is, and what is Forebay's there.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct NatsArgs {
@@ -154,7 +157,10 @@ pub(crate) fn apply_file(mut command: clap::Command) -> anyhow::Result<clap::Com
             toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => value.to_string(),
             _ => bail!("settings file {}: {key} must be a string, a number or a boolean", path.display()),
         };
-        let has = |sub: &clap::Command| sub.get_arguments().any(|arg| arg.get_long() == Some(&key));
+        let is_setting = |arg: &clap::Arg| arg.get_help_heading() != Some(FILTERS);
+        let has = |sub: &clap::Command| {
+            sub.get_arguments().any(|arg| arg.get_long() == Some(&key) && is_setting(arg))
+        };
         let names: Vec<String> =
             command.get_subcommands().filter(|sub| has(sub)).map(|sub| sub.get_name().to_owned()).collect();
         if names.is_empty() {
