@@ -1,17 +1,20 @@
 //! The gateway: OpenAI's HTTP API in front of the request log. It keeps nothing that a request needs to go on;
 //! what it accepts lies in the log and the queue, and what it answers it reads from the log.
 //!
-//! Follow one request: `chat` (read, validate, admit) → `models` and `template` (render, tokenize) →
-//! `running` (begin the log, queue, follow) → `sse` or `answer`.
+//! Follow one request: `chat` (read) → `asking` (validate, admit) → `models` and `template` (render, tokenize) →
+//! `running` (begin the log, queue, follow) → `sse` or the whole answer.
 
 mod admission;
-mod answer;
+mod asking;
 mod body;
 mod chat;
 mod error;
 mod health;
+mod identity;
 mod meters;
 mod models;
+mod query;
+mod room;
 mod router;
 mod running;
 mod serve;
@@ -24,6 +27,7 @@ use forebay_schemas::ids::GatewayId;
 use forebay_streams::{StreamError, Streams, follow::Hub};
 use health::Reachable;
 use models::Models;
+use room::Room;
 use std::{sync::Arc, time::Duration};
 use tokio::task::JoinSet;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -75,6 +79,7 @@ pub(crate) struct Shared {
     hub: Hub,
     models: Arc<Models>,
     admission: Admission,
+    room: Room,
     reachable: Reachable,
     /// One task for each request under way; see `running::keeper`.
     keepers: TaskTracker,
@@ -95,6 +100,7 @@ impl Gateway {
         let models = Arc::new(Models::follow(streams.registry.clone()).await?);
         let shared = Arc::new(Shared {
             admission: Admission::new(config.in_flight_max),
+            room: Room::default(),
             config,
             streams,
             hub,
@@ -107,6 +113,7 @@ impl Gateway {
         let mut background = JoinSet::new();
         background.spawn(models::preload(models));
         background.spawn(health::probe(Arc::downgrade(&shared)));
+        background.spawn(room::probe(Arc::downgrade(&shared)));
         background.spawn(meters::upkeep());
         Ok(Gateway { shared, _background: background })
     }
