@@ -16,7 +16,12 @@ use forebay_streams::memory::{Limits, streams, streams_with};
 use serde_json::{Value, json};
 
 /// Checks an error's shape, and returns its message.
-async fn refused(response: reqwest::Response, status: u16, code: &str, param: Option<&str>) -> String {
+pub(crate) async fn refused(
+    response: reqwest::Response,
+    status: u16,
+    code: &str,
+    param: Option<&str>,
+) -> String {
     let retry =
         response.headers().get("retry-after").map(|value| value.to_str().unwrap().parse::<u32>().unwrap());
     assert_eq!(retry.is_some_and(|seconds| seconds >= 1), matches!(status, 429 | 503), "{status}");

@@ -59,7 +59,43 @@ impl Site {
     }
 
     pub(crate) async fn post(&self, body: Value) -> reqwest::Response {
-        self.http.post(format!("{}/v1/chat/completions", self.url)).json(&body).send().await.unwrap()
+        self.post_to("/v1/chat/completions", &[], body).await
+    }
+
+    pub(crate) async fn post_to(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Value,
+    ) -> reqwest::Response {
+        let mut request = self.http.post(format!("{}{path}", self.url)).json(&body);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.send().await.unwrap()
+    }
+
+    pub(crate) async fn delete(&self, path: &str) -> reqwest::Response {
+        self.http.delete(format!("{}{path}", self.url)).send().await.unwrap()
+    }
+
+    /// The events of a request's stream, after one of them.
+    pub(crate) async fn resume(&self, request: RequestId, last: Option<&str>) -> Events {
+        let url = format!("{}/v1/chat/completions/chatcmpl-{request}?stream=true", self.url);
+        let mut get = self.http.get(url);
+        if let Some(last) = last {
+            get = get.header("last-event-id", last);
+        }
+        Events::of(get.send().await.unwrap())
+    }
+
+    /// A request that completes with these pieces.
+    pub(crate) async fn serve(&self, pieces: &[&str]) {
+        let mut attempt = self.claim().await;
+        for piece in pieces {
+            attempt.text(piece).await;
+        }
+        attempt.complete(FinishReason::Stop).await;
     }
 
     /// Tells the gateway to stop.
@@ -92,6 +128,12 @@ impl Site {
         };
         writer.append(Body::Claimed(claimed)).await.unwrap();
         Attempt { streams: self.streams.clone(), writer, ack_subject: delivery.ack_subject }
+    }
+
+    /// Another gateway on the same backend.
+    pub(crate) async fn another(&self) -> Site {
+        let config = GatewayConfig { gateway: GatewayConfig::default().gateway, ..self.config.clone() };
+        Site::with(self.streams.clone(), config).await
     }
 
     pub(crate) fn log(&self, request: RequestId) -> LogRef {
