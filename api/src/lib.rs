@@ -1,18 +1,21 @@
 //! The gateway: OpenAI's HTTP API in front of the request log. It keeps nothing that a request needs to go on;
 //! what it accepts lies in the log and the queue, and what it answers it reads from the log.
 //!
-//! Follow one request: `chat` (read, validate, admit) → `models` and `template` (render, tokenize) →
-//! `running` (begin the log, queue, follow) → `sse` or `answer`.
+//! Follow one request: `chat` (read) → `asking` (validate, admit) → `models` and `template` (render, tokenize) →
+//! `running` (begin the log, queue, follow) → `sse` or the whole answer.
 
 mod admission;
-mod answer;
+mod asking;
 mod body;
 mod chat;
 mod dead_letters;
 mod error;
 mod health;
+mod identity;
 mod meters;
 mod models;
+mod query;
+mod room;
 mod router;
 mod running;
 mod serve;
@@ -26,6 +29,7 @@ use forebay_schemas::ids::GatewayId;
 use forebay_streams::{StreamError, Streams, environment::in_process, follow::Hub, log::Live};
 use health::Reachable;
 use models::Models;
+use room::Room;
 use std::{sync::Arc, time::Duration};
 use tokio::task::JoinSet;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -80,6 +84,7 @@ pub(crate) struct Shared {
     watch: Arc<Watch>,
     models: Arc<Models>,
     admission: Admission,
+    room: Room,
     reachable: Reachable,
     /// One task for each request under way; see `running::keeper`.
     keepers: TaskTracker,
@@ -108,6 +113,7 @@ impl Gateway {
         let shared = Arc::new(Shared {
             watch,
             admission: Admission::new(config.in_flight_max),
+            room: Room::default(),
             config,
             streams,
             hub,
@@ -120,6 +126,7 @@ impl Gateway {
         background.spawn(in_process(models::preload(models)));
         background.spawn(in_process(health::probe(Arc::downgrade(&shared))));
         background.spawn(in_process(meters::upkeep()));
+        background.spawn(in_process(room::probe(Arc::downgrade(&shared))));
         Ok(Gateway { shared, _background: background })
     }
 }
