@@ -37,6 +37,7 @@ enum Command {
     Add(Sequence, mpsc::Sender<Output>),
     Remove(u32, oneshot::Sender<Option<Sequence>>),
     Park(u32, u32, oneshot::Sender<()>),
+    Answer(oneshot::Sender<()>),
 }
 
 /// A handle on the engine's thread, which ends when the last handle is dropped.
@@ -82,6 +83,14 @@ impl Runner {
     /// Resolves when the thread is gone: the engine panicked.
     pub async fn stopped(&self) {
         self.commands.closed().await;
+    }
+
+    /// Resolves once the engine has finished the step that runs.
+    pub async fn answers(&self) {
+        let (done, wait) = oneshot::channel();
+        if self.commands.send(Command::Answer(done)).await.is_ok() {
+            let _ = wait.await;
+        }
     }
 
     /// Runs a sequence. Its outputs end when it has drawn its last token or was removed.
@@ -190,6 +199,7 @@ impl EngineLoop {
                 let sequence = self.leave(slot);
                 let _ = done.send(sequence);
             }
+            Command::Answer(done) => drop(done.send(())),
             // Commands are obeyed between steps: whoever waits knows that the next step goes by it.
             Command::Park(slot, positions, done) => {
                 self.scheduler.park(slot, positions);

@@ -44,6 +44,12 @@ pub(crate) const NO_LOG_TRIES: u64 = 8;
 /// Pause between them: on a cluster, the server that answered may lag behind.
 pub(crate) const NO_LOG_PAUSE: Duration = Duration::from_millis(250);
 
+/// How often the engine is asked whether it still runs.
+const ENGINE_CHECK: Duration = Duration::from_secs(5);
+
+/// How long one step of the engine may take. A longer one will not end: a driver that hangs, most likely.
+const STEP_MAX: Duration = Duration::from_secs(60);
+
 /// Kept of the grace for what must still be said when it is over.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -88,6 +94,9 @@ pub enum WorkerError {
     /// The engine panicked. What ran here goes on elsewhere.
     #[error(transparent)]
     Engine(#[from] EngineStopped),
+    /// The engine hangs. What ran here goes on elsewhere; a new process may do better.
+    #[error("a step of the engine has not ended within {STEP_MAX:?}")]
+    EngineHangs,
 }
 
 /// What all requests of a worker share.
@@ -183,6 +192,7 @@ pub async fn run(
         biased;
         () = worker.clone().serve(stop) => Ok(()),
         () = worker.runner.stopped() => Err(EngineStopped.into()),
+        () = worker.engine_hangs() => Err(WorkerError::EngineHangs),
     };
     drop(background);
     if let Err(error) = worker.streams.registry.resign(&worker.id).await {
@@ -213,6 +223,16 @@ impl Worker {
             tracing::warn!("the grace period is over; the rest is left to other workers");
             self.grace_over.cancel();
             let _ = tokio::time::timeout(self.config.grace - grace, drained).await;
+        }
+    }
+
+    /// Resolves when a step takes too long. Everything else of the worker would go on, so that nobody would notice.
+    async fn engine_hangs(&self) {
+        loop {
+            tokio::time::sleep(ENGINE_CHECK).await;
+            if tokio::time::timeout(STEP_MAX, self.runner.answers()).await.is_err() {
+                return;
+            }
         }
     }
 
