@@ -2,7 +2,7 @@
 
 use crate::{
     config::{NatsArgs, init_logging, runtime},
-    request::{find, fold, take},
+    request::{events_of, find, fold},
     show::print,
 };
 use clap::Args;
@@ -34,7 +34,7 @@ pub(crate) fn run(args: &CancelArgs) -> anyhow::Result<()> {
         let streams = args.nats.connect("log", "cancel").await?;
         let log = find(&streams, request).await?;
         let was_going = forebay_streams::cancel::cancel(&streams, &log, &args.cause).await?;
-        let events = take(&streams, request).await?.events;
+        let events = events_of(&streams, &log).await?;
         let state = fold(&events, events.len())?;
         print(match (was_going, &state.phase) {
             (false, _) => format!("request {request} had ended already: {}", ending(&state)),
