@@ -13,9 +13,10 @@ use forebay_schemas::{
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The worker that has the request stops at its next step; the client gets an error with the cause. A request
+The worker that has the request stops at its next step; the client gets an error with the cause. A request \
 that has ended already stays as it is.
 
+Example:
   forebay cancel chatcmpl-01a20cfaf783740ca231537fde0c9b96 --cause 'runs for too long'")]
 pub(crate) struct CancelArgs {
     /// The request: its id as in answers (`chatcmpl-…`) or bare.
