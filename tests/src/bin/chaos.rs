@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 #[command(name = "chaos", max_term_width = 110)]
 struct Arguments {
     /// What computes tokens. With `sim` they must be those of an undisturbed run.
-    #[arg(long, value_enum, default_value = "sim")]
+    #[arg(long, value_enum, default_value = "both")]
     engine: EngineArg,
     /// Faults to inject, with each engine.
     #[arg(long, default_value_t = 1000, value_name = "N")]
