@@ -133,7 +133,7 @@ impl LogWriter {
                     let news = self.catch_up().await?;
                     // An append whose answer was lost conflicts with itself when it is repeated.
                     if news.iter().any(|recorded| recorded.event == event) {
-                        return Ok(());
+                        return self.still_current(&event);
                     }
                     if news.is_empty() {
                         tokio::time::sleep(STALE_READ_PAUSE).await;
@@ -147,6 +147,17 @@ impl LogWriter {
             }
         }
         Err(AppendError::Conflict { log: self.log.clone(), after: self.seq }.into())
+    }
+
+    /// An own event that was only found by reading may have been followed by a newer claim. To go on would be to work
+    /// under another author's attempt.
+    fn still_current(&self, event: &Event) -> Result<(), WriteError> {
+        if self.state.attempt == event.attempt {
+            return Ok(());
+        }
+        let (found, expected) = (event.attempt, self.state.attempt);
+        let illegal = Illegal::Attempt { event: event.body.name(), found, expected };
+        Err(WriteError::Overtaken { log: self.log.clone(), illegal })
     }
 
     /// Reads what others appended.
