@@ -17,6 +17,9 @@ const CONFLICTS_MAX: u32 = 32;
 /// Pause after a conflict with nothing to read: a replica that answers reads lags behind the leader.
 const STALE_READ_PAUSE: Duration = Duration::from_millis(5);
 
+/// How often a log that must be there is read before the answer is that nobody can tell.
+const STALE_READS_MAX: u32 = 200;
+
 /// One author's hold on a log: what it knows of it, and where it would append.
 pub struct LogWriter {
     backend: Arc<dyn EventLog>,
@@ -73,9 +76,8 @@ impl LogWriter {
         let seq = match backend.begin(&log, &event).await {
             // Perhaps with its own append, whose answer was lost.
             Err(conflict @ AppendError::Conflict { .. }) => {
-                let recorded = backend.read(&log, 0).await?;
-                let own = recorded.first().filter(|first| first.event == event);
-                own.ok_or(conflict)?.seq
+                let first = first_event(&*backend, &log).await?;
+                first.filter(|first| first.event == event).ok_or(conflict)?.seq
             }
             other => other?,
         };
@@ -172,4 +174,21 @@ impl LogWriter {
     fn corrupt(&self, illegal: &Illegal) -> WriteError {
         WriteError::Corrupt { log: self.log.clone(), problem: illegal.to_string() }
     }
+}
+
+/// The first event of a request's log, if it is this log and not one at another gateway.
+async fn first_event(backend: &dyn EventLog, log: &LogRef) -> Result<Option<Recorded>, StreamError> {
+    for _ in 0..STALE_READS_MAX {
+        if let Some(first) = backend.read(log, 0).await?.into_iter().next() {
+            return Ok(Some(first));
+        }
+        if backend.find(log.request).await?.is_some_and(|found| found != *log) {
+            return Ok(None);
+        }
+        tokio::time::sleep(STALE_READ_PAUSE).await;
+    }
+    Err(StreamError::new(
+        format!("reading the log of {log}"),
+        "it was begun, and no server that answers has it",
+    ))
 }
