@@ -8,12 +8,15 @@ mod chance;
 mod checks;
 mod client;
 mod many;
+mod mutation;
 mod network;
+mod panics;
 mod site;
 mod weather;
 mod world;
 
 pub use many::{Report, replay, run_many};
+pub use mutation::Mutation;
 
 use chance::{between, between_ms};
 use checks::Violation;
@@ -58,22 +61,33 @@ pub struct Outcome {
     pub trace: Vec<String>,
 }
 
+/// How a seed is run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Whether all that happens is to be told.
+    pub traced: bool,
+    /// What is broken on purpose.
+    pub mutation: Mutation,
+}
+
 /// Runs a seed.
-pub fn run(seed: u64, traced: bool) -> Outcome {
+pub fn run(seed: u64, options: Options) -> Outcome {
+    panics::watch();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
         .expect("a runtime without I/O needs nothing");
     let simulation = runtime.block_on(async { environment::simulate(seed, BEGAN_US) });
-    let outcome = runtime.block_on(simulated(seed, traced));
+    let mut outcome = runtime.block_on(simulated(seed, options));
     // What is left of the processes still belongs to the simulation.
     drop(runtime);
     drop(simulation);
+    outcome.violations.extend(panics::take());
     outcome
 }
 
-async fn simulated(seed: u64, traced: bool) -> Outcome {
+async fn simulated(seed: u64, options: Options) -> Outcome {
     let limits = memory::Limits {
         queue_max: if chance::chance(100) { 2 } else { 4096 },
         ack_wait: between_ms(600..=3000),
@@ -85,7 +99,7 @@ async fn simulated(seed: u64, traced: bool) -> Outcome {
     let storm = between_ms(2000..=12_000);
     let clients: Vec<client::Plan> = (0..between(2..=10)).map(|_| client::Plan::draw(storm)).collect();
     let requests = clients.len() as u64;
-    let world = Arc::new(World::new(memory::streams_with(limits.clone()), weather, traced));
+    let world = Arc::new(World::new(memory::streams_with(limits.clone()), weather, options));
     world.trace(|| format!("{limits:?}\n{:?}\n{plan:?}", world.weather));
     let site = Site::start(world.clone(), plan).await;
     let mut reading = JoinSet::new();
@@ -119,7 +133,8 @@ async fn simulated(seed: u64, traced: bool) -> Outcome {
 async fn ask(site: Arc<Site>, plan: client::Plan) -> Read {
     sleep(plan.begin).await;
     let gateway = site.any_gateway().await;
-    let read = plan.ask(&gateway).await;
+    let mut read = plan.ask(&gateway).await;
+    read.ended = Some(tokio::time::Instant::now());
     site.world.trace(|| format!("client: {read:?}"));
     read
 }

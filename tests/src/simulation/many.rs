@@ -1,6 +1,6 @@
 //! Many seeds, on some threads.
 
-use super::{Outcome, run};
+use super::{Options, Outcome, run};
 use std::{
     collections::BTreeMap,
     fmt,
@@ -87,6 +87,7 @@ impl fmt::Display for Report {
 pub fn run_many(
     seeds: Range<u64>,
     threads: u64,
+    options: Options,
     every: Duration,
     progress: impl Fn(&Report) + Sync,
 ) -> Report {
@@ -98,7 +99,7 @@ pub fn run_many(
             if seed >= seeds.end {
                 return;
             }
-            let outcome = run(seed, false);
+            let outcome = run(seed, options);
             let mut report = report.lock().expect("no panics while held");
             report.0.add(outcome);
             if report.1.elapsed() >= every {
