@@ -19,10 +19,10 @@ pub use many::{Report, replay, run_many};
 pub use mutation::Mutation;
 
 use chance::{between, between_ms};
-use checks::Violation;
+use checks::{Logs, Violation};
 use client::Read;
-use forebay_schemas::ids::fnv1a;
-use forebay_streams::{environment, memory};
+use forebay_schemas::{event::Body, ids::fnv1a, wire};
+use forebay_streams::{environment, log::Recorded, memory};
 use site::Site;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::{task::JoinSet, time::sleep};
@@ -49,13 +49,13 @@ pub struct Outcome {
     pub faults: BTreeMap<&'static str, u64>,
     /// Requests made.
     pub requests: u64,
-    /// Events in all logs.
-    pub events: u64,
+    /// Events in all logs, by kind.
+    pub events: BTreeMap<String, u64>,
     /// Virtual time that it took.
     pub lasted: Duration,
     /// Of all logs and answers: equal for equal runs.
     pub digest: u64,
-    /// All logs, in words.
+    /// All logs, in words, if something was violated or is to be traced.
     pub logs: String,
     /// All that happened, if it was to be traced.
     pub trace: Vec<String>,
@@ -110,24 +110,54 @@ async fn simulated(seed: u64, options: Options) -> Outcome {
     let (reads, mut violations) = settle(&site, reading).await;
     let logs = checks::logs(&site).await;
     violations.extend(checks::violations(&site, &logs, &reads));
-    let lines = logs.iter().flat_map(|(log, events)| {
-        events.iter().map(move |recorded| {
-            format!("{log} {} {}: {:?}\n", recorded.seq, recorded.event.attempt, recorded.event.body)
-        })
-    });
-    let text = lines.chain(reads.iter().map(|read| format!("{read:?}\n"))).collect::<String>();
+    let told = options.traced || !violations.is_empty();
     let faults = world.record().faults.clone();
     Outcome {
         seed,
         violations,
         faults,
         requests,
-        events: logs.values().map(|events| events.len() as u64).sum(),
+        events: events(&logs),
         lasted: world.elapsed(),
-        digest: fnv1a(text.as_bytes()) ^ world.elapsed().as_micros() as u64,
-        logs: text,
+        digest: digest(&logs, &reads) ^ world.elapsed().as_micros() as u64,
+        logs: if told { in_words(&logs, &reads) } else { String::new() },
         trace: world.take_trace(),
     }
+}
+
+/// Events by kind; those that tell of a failure by that too.
+fn events(logs: &Logs) -> BTreeMap<String, u64> {
+    let mut events = BTreeMap::new();
+    for recorded in logs.values().flatten() {
+        let body = &recorded.event.body;
+        let why = match body {
+            Body::KvLost(lost) => lost.reason.split_whitespace().take(4).collect::<Vec<_>>().join(" "),
+            Body::RequestFailed(failed) => format!("{:?}", failed.code),
+            Body::Claimed(_) if recorded.event.attempt > 1 => "again".to_owned(),
+            _ => String::new(),
+        };
+        *events.entry(format!("{} {why}", body.name())).or_default() += 1;
+    }
+    events
+}
+
+fn digest(logs: &Logs, reads: &[Read]) -> u64 {
+    let mut bytes = Vec::new();
+    for recorded in logs.values().flatten() {
+        bytes.extend_from_slice(&recorded.seq.to_le_bytes());
+        bytes.extend(wire::encode(&recorded.event));
+    }
+    reads.iter().for_each(|read| bytes.extend(format!("{:?}", read.answer).bytes()));
+    fnv1a(&bytes)
+}
+
+fn in_words(logs: &Logs, reads: &[Read]) -> String {
+    let lines = logs.iter().flat_map(|(log, events)| {
+        events.iter().map(move |Recorded { seq, event }| {
+            format!("{log} {seq} {} of {}: {:?}\n", event.time_us - BEGAN_US, event.attempt, event.body)
+        })
+    });
+    lines.chain(reads.iter().map(|read| format!("{:?}: {:?}\n", read.ending, read.answer))).collect()
 }
 
 async fn ask(site: Arc<Site>, plan: client::Plan) -> Read {

@@ -37,9 +37,9 @@ fn main() -> ExitCode {
     let seeds = args.from..args.from + args.seeds;
     let report = run_many(seeds, args.threads, options, Duration::from_secs(5), progress);
     println!("{report}");
-    for (fault, count) in &report.faults {
-        println!("{count:>10} {fault}");
-    }
+    let faults = report.faults.iter().map(|(fault, count)| (*fault, count));
+    let events = report.events.iter().map(|(kind, count)| (kind.as_str(), count));
+    faults.chain(events).for_each(|(what, count)| println!("{count:>10} {what}"));
     for failed in &report.failed {
         println!("\nseed {}:", failed.seed);
         failed.violations.iter().for_each(|violation| println!("  {violation}"));
