@@ -131,7 +131,12 @@ fn events(logs: &Logs) -> BTreeMap<String, u64> {
     for recorded in logs.values().flatten() {
         let body = &recorded.event.body;
         let why = match body {
-            Body::KvLost(lost) => lost.reason.split_whitespace().take(4).collect::<Vec<_>>().join(" "),
+            Body::KvLost(lost) => {
+                let words = lost.reason.split([' ', ':']);
+                // Without names and numbers.
+                let words = words.filter(|word| word.bytes().all(|b| b.is_ascii_alphabetic() || b == b'\''));
+                words.take(6).collect::<Vec<_>>().join(" ")
+            }
             Body::RequestFailed(failed) => format!("{:?}", failed.code),
             Body::Claimed(_) if recorded.event.attempt > 1 => "again".to_owned(),
             _ => String::new(),
