@@ -30,13 +30,17 @@ pub(crate) enum ErrorCode {
     NoChatTemplate,
     TemplateFailed,
     ModelNotFound,
+    RequestNotFound,
+    PreviousResponseNotFound,
     NotFound,
     MethodNotAllowed,
     RequestTimeout,
     RequestTooLarge,
     UnsupportedMediaType,
+    IdempotencyKeyReused,
     TooManyRequests,
     QueueFull,
+    LogFull,
     RequestCancelled,
     Internal,
     ModelUnreadable,
@@ -66,13 +70,17 @@ impl ErrorCode {
             ErrorCode::TemplateFailed => (400, INVALID, "chat_template_failed", No),
             ErrorCode::Unservable => (400, INVALID, "unservable", No),
             ErrorCode::ModelNotFound => (404, INVALID, "model_not_found", No),
+            ErrorCode::PreviousResponseNotFound => (400, INVALID, "previous_response_not_found", No),
+            ErrorCode::RequestNotFound => (404, INVALID, "request_not_found", No),
             ErrorCode::NotFound => (404, INVALID, "not_found", No),
             ErrorCode::MethodNotAllowed => (405, INVALID, "method_not_allowed", No),
             ErrorCode::RequestTimeout => (408, INVALID, "request_timeout", No),
             ErrorCode::RequestTooLarge => (413, INVALID, "request_too_large", No),
             ErrorCode::UnsupportedMediaType => (415, INVALID, "unsupported_media_type", No),
+            ErrorCode::IdempotencyKeyReused => (422, INVALID, "idempotency_key_reused", No),
             ErrorCode::TooManyRequests => (429, BUSY, "too_many_requests", After),
             ErrorCode::QueueFull => (429, BUSY, "queue_full", After),
+            ErrorCode::LogFull => (429, BUSY, "log_full", After),
             ErrorCode::RequestCancelled => (499, INVALID, "request_cancelled", No),
             ErrorCode::Internal => (500, SERVER, "internal_error", No),
             ErrorCode::ModelUnreadable => (500, SERVER, "model_unreadable", No),
@@ -107,6 +115,18 @@ impl ApiError {
     /// An error that a field of the request is to blame for.
     pub(crate) fn of(code: ErrorCode, param: impl Into<String>, message: impl Into<String>) -> ApiError {
         ApiError { code, message: message.into(), param: Some(param.into()) }
+    }
+
+    /// The same, with another field to blame, if `from` was.
+    pub(crate) fn renamed(mut self, from: &str, to: &str) -> ApiError {
+        if self.param.as_deref() == Some(from) {
+            self.param = Some(to.to_owned());
+        }
+        self
+    }
+
+    pub(crate) fn message(&self) -> &str {
+        &self.message
     }
 
     pub(crate) fn code(&self) -> ErrorCode {
@@ -171,7 +191,7 @@ impl From<&AppendError> for ApiError {
             AppendError::Unavailable(error) => error.into(),
             AppendError::Full(_) => {
                 tracing::error!(%error, "no request can be accepted: raise the limit of the log stream");
-                ApiError::new(ErrorCode::BackendUnavailable, "the request log is full; try again")
+                ApiError::new(ErrorCode::LogFull, "the request log is full; try again later")
             }
             AppendError::TooLarge { bytes, .. } => ApiError::of(
                 ErrorCode::RequestTooLarge,

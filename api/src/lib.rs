@@ -1,32 +1,39 @@
 //! The gateway: OpenAI's HTTP API in front of the request log. It keeps nothing that a request needs to go on;
 //! what it accepts lies in the log and the queue, and what it answers it reads from the log.
 //!
-//! Follow one request: `chat` (read, validate, admit) → `models` and `template` (render, tokenize) →
-//! `running` (begin the log, queue, follow) → `sse` or `answer`.
+//! Follow one request: `chat` (read) → `asking` (validate, admit) → `models` and `template` (render, tokenize) →
+//! `running` (begin the log, queue, follow) → `sse` or the whole answer.
 
 mod admission;
-mod answer;
+mod asking;
 mod body;
 mod chat;
+mod dead_letters;
 mod error;
 mod health;
+mod identity;
 mod meters;
 mod models;
+mod query;
+mod room;
 mod router;
 mod running;
 mod serve;
 mod sse;
 mod template;
 mod validate;
+mod watch;
 
 use admission::Admission;
 use forebay_schemas::ids::GatewayId;
-use forebay_streams::{StreamError, Streams, environment::in_process, follow::Hub};
+use forebay_streams::{StreamError, Streams, environment::in_process, follow::Hub, log::Live};
 use health::Reachable;
 use models::Models;
+use room::Room;
 use std::{sync::Arc, time::Duration};
 use tokio::task::JoinSet;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use watch::Watch;
 
 /// Bounds and times of a gateway.
 #[derive(Clone, Debug)]
@@ -73,8 +80,11 @@ pub(crate) struct Shared {
     config: GatewayConfig,
     streams: Streams,
     hub: Hub,
+    /// Workers that have this gateway's requests.
+    watch: Arc<Watch>,
     models: Arc<Models>,
     admission: Admission,
+    room: Room,
     reachable: Reachable,
     /// One task for each request under way; see `running::keeper`.
     keepers: TaskTracker,
@@ -91,10 +101,19 @@ impl Gateway {
         if let Err(error) = meters::recorder() {
             tracing::warn!(error, "metrics go to another recorder of this process");
         }
-        let hub = Hub::start(streams.log.clone(), config.gateway.clone(), |_| {}).await?;
+        let watch = Arc::new(Watch::new(streams.registry.lease_time()));
+        let watching = watch.clone();
+        let observe = move |live: &Live| watching.observe(&live.recorded.event);
+        let hub = Hub::start(streams.log.clone(), config.gateway.clone(), observe).await?;
         let models = Arc::new(Models::follow(streams.registry.clone()).await?);
+        let mut background = JoinSet::new();
+        let (watching, gateway) = (Arc::downgrade(&watch), config.gateway.clone());
+        background.spawn(in_process(watch::watch_over(watching, streams.clone(), gateway)));
+        background.spawn(in_process(dead_letters::settle(streams.clone())));
         let shared = Arc::new(Shared {
+            watch,
             admission: Admission::new(config.in_flight_max),
+            room: Room::default(),
             config,
             streams,
             hub,
@@ -104,10 +123,10 @@ impl Gateway {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
         });
-        let mut background = JoinSet::new();
         background.spawn(in_process(models::preload(models)));
         background.spawn(in_process(health::probe(Arc::downgrade(&shared))));
         background.spawn(in_process(meters::upkeep()));
+        background.spawn(in_process(room::probe(Arc::downgrade(&shared))));
         Ok(Gateway { shared, _background: background })
     }
 }

@@ -22,6 +22,7 @@ impl Gateway {
     pub fn router(&self) -> axum::Router {
         let routes: Router<Arc<Shared>> = Router::new()
             .route("/v1/chat/completions", post(chat::chat))
+            .route("/v1/chat/completions/{id}", get(chat::get_chat).delete(chat::delete_chat))
             .route("/v1/models", get(models::list_models))
             .route("/v1/models/{*name}", get(models::get_model))
             .route("/live", get(health::live))

@@ -1,6 +1,8 @@
-//! A request that is under way: its log is begun and followed, and somebody sees to it that the log ends.
+//! A request that is under way: its log is begun and followed, and somebody sees to it that the log ends. Or the log
+//! was begun before, here or elsewhere, and is only followed.
 
 mod keeper;
+mod opened;
 
 use crate::{
     Shared,
@@ -8,20 +10,22 @@ use crate::{
     error::{ApiError, ErrorCode},
     meters::RequestMeter,
     models::Model,
+    watch::Watch,
 };
 use forebay_schemas::{
     event::{Body, FailureCode, RequestAccepted, RequestCompleted, RequestFailed},
-    ids::RequestId,
+    ids::{ModelKey, RequestId},
     lifecycle::Lifecycle,
     task::DecodeTask,
 };
 use forebay_streams::{
+    environment::now_us,
     follow::Follow,
     log::{AppendError, LogRef, Recorded},
-    tasks::enqueue,
+    tasks::{EnqueueError, enqueue},
     writer::LogWriter,
 };
-use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
+use futures::{FutureExt, Stream, StreamExt, future::BoxFuture, stream::BoxStream};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -29,6 +33,7 @@ use std::{
 use tokio::time::{Interval, MissedTickBehavior};
 
 use keeper::Keeper;
+pub(crate) use opened::Opened;
 
 /// Events that are handed on together: more come in the next batch.
 const BATCH_MAX: usize = 64;
@@ -36,17 +41,36 @@ const BATCH_MAX: usize = 64;
 /// Time between two attempts to read a log that the backend does not give.
 const READ_RETRY: Duration = Duration::from_millis(250);
 
-/// How long after the deadline the log may take to say so; then the client is told anyway.
+/// How long after the deadline the log may take to say so; then it is told, or the client is told anyway.
 const DEADLINE_PATIENCE: Duration = Duration::from_secs(1);
 
-/// A request under way, as its gateway reads it. Dropped before its end, it is cancelled: the client is gone.
+/// A request under way, as a gateway reads it.
 pub(crate) struct Running {
+    /// As far as it was read.
+    state: Lifecycle,
+    /// Sequence of the last event in `state`.
+    seq: u64,
     events: BoxStream<'static, Vec<Recorded>>,
-    writer: LogWriter,
-    keeper: Keeper,
-    meter: RequestMeter,
+    /// Of a request that was begun here. Dropped before its end, the client is gone: the request is cancelled, unless
+    /// it is detached. A request that was begun elsewhere, or by another client, is nobody's here.
+    keeper: Option<Keeper>,
+    meter: Option<RequestMeter>,
+    /// Of a request of another gateway: that one may be dead, so its worker is watched from here too.
+    watching: Option<Watching>,
     stop: BoxFuture<'static, ApiError>,
     quiet: Interval,
+}
+
+/// A request of another gateway, whose worker is watched for as long as somebody reads here.
+struct Watching {
+    watch: Arc<Watch>,
+    request: RequestId,
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.watch.forget(self.request);
+    }
 }
 
 /// What comes next of a request.
@@ -66,6 +90,13 @@ pub(crate) enum News<'a> {
     Ended(ApiError),
 }
 
+/// Why a request was not begun.
+pub(crate) enum NotStarted {
+    /// A request of this id was begun before.
+    Taken,
+    Refused(ApiError),
+}
+
 impl Running {
     /// Accepts a request: begins its log and queues it. From here on it reaches exactly one terminal event.
     pub(crate) async fn start(
@@ -75,40 +106,72 @@ impl Running {
         accepted: RequestAccepted,
         permit: Permit,
         began: Instant,
-    ) -> Result<Running, ApiError> {
+    ) -> Result<Running, NotStarted> {
         let log = LogRef { gateway: gateway.config.gateway.clone(), request };
         let timeout = Duration::from_millis(accepted.timeout_ms);
         let meter = model.meters.request(began, accepted.prompt.len());
-        let events = batches(gateway.hub.follow(request, 0));
+        let events = batches(recorded(gateway.hub.follow(request, 0)));
         // Before the log begins: if the client goes while it does, somebody must still end it.
-        let mut keeper = Keeper::spawn(gateway, log.clone(), timeout, permit);
+        let mut keeper = Keeper::spawn(gateway, log.clone(), timeout, accepted.detached, permit);
         let mut writer = match LogWriter::create(gateway.streams.log.clone(), log, accepted).await {
             Ok(writer) => writer,
+            Err(AppendError::Conflict { .. }) => {
+                keeper.ended();
+                return Err(NotStarted::Taken);
+            }
             Err(error) => {
                 match error {
                     AppendError::Unavailable(_) => {
                         keeper.abandon("the gateway can't tell whether it is in the log");
                     }
-                    AppendError::Full(_) | AppendError::TooLarge { .. } | AppendError::Conflict { .. } => {
-                        keeper.ended();
-                    }
+                    _ => keeper.ended(),
                 }
-                return Err(ApiError::from(&error));
+                return Err(NotStarted::Refused(ApiError::from(&error)));
             }
         };
-        let task =
-            DecodeTask { request, gateway: gateway.config.gateway.clone(), model: model.card.key.clone() };
-        if let Err(error) = enqueue(gateway.streams.tasks.as_ref(), &task).await {
+        if let Err(error) = queue(gateway, writer.log(), model.card.key.clone()).await {
             let failed = RequestFailed { code: FailureCode::QueueUnavailable, message: error.to_string() };
             match writer.append(Body::RequestFailed(failed)).await {
                 Ok(()) => keeper.ended(),
                 Err(_) => keeper.abandon("the queue did not take the request"),
             }
-            return Err(ApiError::from(&error));
+            return Err(NotStarted::Refused(ApiError::from(&error)));
         }
-        let mut quiet = tokio::time::interval((gateway.config.keep_alive / 2).max(Duration::from_millis(1)));
-        quiet.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Running { events, writer, keeper, meter, stop: stop(gateway, timeout), quiet })
+        let stop = stop(gateway, timeout, tokio::time::sleep(timeout + DEADLINE_PATIENCE));
+        Ok(Running {
+            state: writer.state().clone(),
+            seq: writer.seq(),
+            events,
+            keeper: Some(keeper),
+            meter: Some(meter),
+            watching: None,
+            stop,
+            quiet: quiet(gateway),
+        })
+    }
+
+    /// Reads a request that was begun before, from its first event on, wherever it runs.
+    pub(crate) async fn attach(gateway: &Arc<Shared>, opened: Opened) -> Result<Running, ApiError> {
+        let Opened { log, events, state } = opened;
+        let (first, last) = (events.first().expect("a state has events"), events.last().expect("see above"));
+        let (seq, read_to) = (first.seq, last.seq);
+        let begun = Lifecycle::begin(&first.event).map_err(|_| opened::damaged(log.request))?;
+        let later = if state.phase.is_terminal() {
+            futures::stream::pending().boxed()
+        } else if log.gateway == gateway.config.gateway {
+            recorded(gateway.hub.follow(log.request, read_to).catching_up()).boxed()
+        } else {
+            let follow = Follow::watch(gateway.streams.log.clone(), log.clone(), read_to).await;
+            recorded(follow.map_err(|error| ApiError::from(&error))?.catching_up()).boxed()
+        };
+        let timeout = Duration::from_millis(state.accepted.timeout_ms);
+        let foreign = log.gateway != gateway.config.gateway && !state.phase.is_terminal();
+        let watching = foreign.then(|| Watching { watch: gateway.watch.clone(), request: log.request });
+        let left = Duration::from_micros(state.deadline_us().saturating_sub(now_us()));
+        let stop = stop(gateway, timeout, ended_by_now(gateway.clone(), log, left, timeout));
+        let events = batches(futures::stream::iter(events).chain(later));
+        let quiet = quiet(gateway);
+        Ok(Running { state: begun, seq, events, keeper: None, meter: None, watching, stop, quiet })
     }
 
     /// What comes next. After a terminal event, or `Stopped`, nothing does.
@@ -117,34 +180,74 @@ impl Running {
             biased;
             events = self.events.next() => self.fold(events.expect("following a log never ends")),
             error = &mut self.stop => {
-                self.keeper.abandon("gateway shut down");
+                if !self.state.accepted.detached {
+                    self.abandon("gateway shut down");
+                }
                 Step::Stopped(error)
             }
             _ = self.quiet.tick() => Step::Quiet,
         }
     }
 
+    /// Waits for a good end. If the client does not wait, this is dropped.
+    pub(crate) async fn completed(&mut self) -> Result<(), ApiError> {
+        loop {
+            let events = match self.next().await {
+                Step::Events(events) => events,
+                Step::Quiet => continue,
+                Step::Stopped(error) => return Err(error),
+            };
+            match events.last().and_then(|last| News::of(&last.event.body)) {
+                Some(News::Completed(_)) => return Ok(()),
+                Some(News::Ended(error)) => return Err(error),
+                Some(News::Text(_)) | None => {}
+            }
+        }
+    }
+
     /// The request as far as it was read.
     pub(crate) fn state(&self) -> &Lifecycle {
-        self.writer.state()
+        &self.state
     }
 
     fn fold(&mut self, events: Vec<Recorded>) -> Step {
-        let before = self.state().tokens.len();
-        for recorded in &events {
-            if let Err(error) = self.writer.observe(recorded.seq, &recorded.event) {
-                tracing::error!(%error, "a log that makes no sense is not served any further");
-                self.keeper.abandon("its log makes no sense");
-                let message = format!("the log of request {} is damaged", self.state().request);
-                return Step::Stopped(ApiError::new(ErrorCode::Internal, message));
+        let before = self.state.tokens.len();
+        for recorded in events.iter().filter(|recorded| recorded.seq > self.seq) {
+            if let Err(error) = self.state.apply(&recorded.event) {
+                let request = self.state.request;
+                tracing::error!(%request, %error, "a log that makes no sense is not served any further");
+                self.abandon("its log makes no sense");
+                return Step::Stopped(opened::damaged(request));
+            }
+            if let Some(Watching { watch, .. }) = &self.watching {
+                watch.observe(&recorded.event);
             }
         }
-        self.meter.tokens(self.state().tokens.len() - before);
-        if self.state().phase.is_terminal() {
-            self.keeper.ended();
+        self.seq = events.last().map_or(self.seq, |last| last.seq);
+        if let Some(meter) = &mut self.meter {
+            meter.tokens(self.state.tokens.len() - before);
+        }
+        if let Some(keeper) = self.keeper.as_mut().filter(|_| self.state.phase.is_terminal()) {
+            keeper.ended();
         }
         Step::Events(events)
     }
+
+    fn abandon(&mut self, cause: &'static str) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.abandon(cause);
+        }
+    }
+}
+
+/// Queues the task of a request. Twice does no harm.
+pub(crate) async fn queue(gateway: &Shared, log: &LogRef, model: ModelKey) -> Result<(), EnqueueError> {
+    let task = DecodeTask { request: log.request, gateway: log.gateway.clone(), model };
+    let queued = enqueue(gateway.streams.tasks.as_ref(), &task).await;
+    if let Err(EnqueueError::Full { .. }) = queued {
+        gateway.room.is_full();
+    }
+    queued
 }
 
 impl News<'_> {
@@ -171,10 +274,10 @@ impl News<'_> {
     }
 }
 
-/// The events of a log, with all that are at hand together. While the backend is away it waits: the request
-/// lives in the log, not in this connection.
-fn batches(follow: Follow) -> BoxStream<'static, Vec<Recorded>> {
-    let next = |mut follow: Follow| async move {
+/// The events of a log, one by one. While the backend is away it waits: the request lives in the log, not in this
+/// connection.
+fn recorded(follow: Follow) -> impl Stream<Item = Recorded> + Send + 'static {
+    futures::stream::unfold(follow, |mut follow| async move {
         loop {
             match follow.next().await {
                 Ok(recorded) => return Some((recorded, follow)),
@@ -184,24 +287,46 @@ fn batches(follow: Follow) -> BoxStream<'static, Vec<Recorded>> {
                 }
             }
         }
-    };
-    futures::stream::unfold(follow, next).ready_chunks(BATCH_MAX).boxed()
+    })
 }
 
-/// Resolves when the client must be told that there is no more to come: the deadline has passed and the log
-/// does not say so, or the gateway ends.
-fn stop(gateway: &Arc<Shared>, timeout: Duration) -> BoxFuture<'static, ApiError> {
+/// Events, all that are at hand together.
+fn batches(events: impl Stream<Item = Recorded> + Send + 'static) -> BoxStream<'static, Vec<Recorded>> {
+    events.ready_chunks(BATCH_MAX).boxed()
+}
+
+fn quiet(gateway: &Shared) -> Interval {
+    let mut quiet = tokio::time::interval((gateway.config.keep_alive / 2).max(Duration::from_millis(1)));
+    quiet.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    quiet
+}
+
+/// Resolves when the client must be told that there is no more to come: it is `late` and the log does not say so, or
+/// the gateway ends.
+fn stop(
+    gateway: &Arc<Shared>,
+    timeout: Duration,
+    late: impl Future<Output = ()> + Send + 'static,
+) -> BoxFuture<'static, ApiError> {
     let closing = gateway.closing.clone();
     async move {
         tokio::select! {
             biased;
-            () = tokio::time::sleep(timeout + DEADLINE_PATIENCE) => {
-                ApiError::new(ErrorCode::DeadlineExceeded, keeper::deadline_message(timeout))
-            }
-            () = closing.cancelled_owned() => {
-                ApiError::new(ErrorCode::ShuttingDown, "the gateway is shutting down; send the request again")
-            }
+            () = late => ApiError::new(ErrorCode::DeadlineExceeded, keeper::deadline_message(timeout)),
+            () = closing.cancelled_owned() => ApiError::new(
+                ErrorCode::ShuttingDown,
+                "the gateway is shutting down; go on at another one, or send the request again",
+            ),
         }
     }
     .boxed()
+}
+
+/// Waits for the deadline of a request that another gateway accepted, and ends it if nobody has: that gateway may be dead.
+async fn ended_by_now(gateway: Arc<Shared>, log: LogRef, left: Duration, timeout: Duration) {
+    tokio::time::sleep(left + DEADLINE_PATIENCE).await;
+    if let Err(error) = keeper::expire(&gateway.streams, &log, timeout).await {
+        tracing::warn!(%log, %error, "a request that is past its deadline could not be ended");
+    }
+    tokio::time::sleep(DEADLINE_PATIENCE).await;
 }

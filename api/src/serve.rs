@@ -47,6 +47,8 @@ impl Gateway {
             shared.closing.cancel();
             let _ = tokio::time::timeout(LAST_WORDS, finished).await;
         }
+        // Nobody is connected any more; what is detached goes on without this gateway.
+        shared.closing.cancel();
         shared.keepers.close();
         let _ = tokio::time::timeout(LAST_WORDS, shared.keepers.wait()).await;
         Ok(())

@@ -50,7 +50,8 @@ pub(crate) async fn ask(address: SocketAddr, nats: &str, model: &str, question: 
         pending.push_str(&String::from_utf8_lossy(&bytes));
         while let Some((event, rest)) = pending.split_once("\n\n") {
             let chunk: serde_json::Value = event
-                .strip_prefix("data: ")
+                .lines()
+                .find_map(|line| line.strip_prefix("data: "))
                 .and_then(|data| serde_json::from_str(data).ok())
                 .unwrap_or_default();
             if let Some(error) = chunk.get("error") {

@@ -10,6 +10,9 @@ use std::{path::PathBuf, time::Duration};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+/// Heading of flags that choose what is shown. They are no settings, even where they are called like one.
+pub(crate) const FILTERS: &str = "Filters";
+
 /// Where NATS is, and what is Forebay's there.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct NatsArgs {
@@ -48,9 +51,12 @@ pub(crate) struct LimitArgs {
     /// Seconds without a sign of life after which a task goes to another worker.
     #[arg(long, env = "FOREBAY_ACK_WAIT_S", default_value_t = 30, value_name = "SECONDS")]
     ack_wait_s: u64,
-    /// Seconds without renewal after which a worker counts as dead.
-    #[arg(long, env = "FOREBAY_LEASE_S", default_value_t = 10, value_name = "SECONDS")]
-    lease_s: u64,
+    /// Seconds without a sign of life after which a worker counts as dead.
+    #[arg(long, env = "FOREBAY_LEASE_S", default_value_t = 1.5, value_name = "SECONDS")]
+    lease_s: f64,
+    /// Append without the fence: only to measure what it costs.
+    #[arg(long, env = "FOREBAY_BENCH_NO_FENCE", hide = true)]
+    bench_no_fence: bool,
 }
 
 impl NatsArgs {
@@ -69,7 +75,8 @@ impl AccountArgs {
             log_bytes: self.limits.log_gib << 30,
             queue_max: self.limits.queue_max,
             ack_wait: Duration::from_secs(self.limits.ack_wait_s),
-            lease_time: Duration::from_secs(self.limits.lease_s),
+            lease_time: Duration::from_secs_f64(self.limits.lease_s.clamp(0.2, 3600.0)),
+            fence: !self.limits.bench_no_fence,
             ..Limits::default()
         };
         let options = Options {
@@ -150,7 +157,10 @@ pub(crate) fn apply_file(mut command: clap::Command) -> anyhow::Result<clap::Com
             toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => value.to_string(),
             _ => bail!("settings file {}: {key} must be a string, a number or a boolean", path.display()),
         };
-        let has = |sub: &clap::Command| sub.get_arguments().any(|arg| arg.get_long() == Some(&key));
+        let is_setting = |arg: &clap::Arg| arg.get_help_heading() != Some(FILTERS);
+        let has = |sub: &clap::Command| {
+            sub.get_arguments().any(|arg| arg.get_long() == Some(&key) && is_setting(arg))
+        };
         let names: Vec<String> =
             command.get_subcommands().filter(|sub| has(sub)).map(|sub| sub.get_name().to_owned()).collect();
         if names.is_empty() {

@@ -1,136 +1,135 @@
-//! `forebay log`: a request's events as a timeline.
+//! `forebay log`: a request's events as a timeline, as far as they go or as they happen.
 
-use crate::config::{NatsArgs, init_logging, runtime};
-use anyhow::bail;
-use clap::Args;
-use forebay_schemas::{
-    event::{Body, Event},
-    ids::RequestId,
+use crate::{
+    config::{NatsArgs, init_logging, runtime},
+    request::find,
+    show::{millis, print, summary},
 };
-use forebay_streams::log::Recorded;
+use clap::Args;
+use forebay_schemas::{export, ids::RequestId};
+use forebay_streams::{follow::Follow, log::Recorded};
+use std::time::Duration;
+
+/// Pause before a log that could not be read is read again.
+const READ_PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Columns: number of the event (for `forebay replay --at`), time since the first, time since the one before,
+sequence in the stream, attempt, event.
+
+  forebay log chatcmpl-01a20cfaf783740ca231537fde0c9b96
+  forebay log --follow 01a20cfaf783740ca231537fde0c9b96      until the request ends
+  forebay log --json 01a20cfaf783740ca231537fde0c9b96 | jq -r '.data.text // empty'")]
 pub(crate) struct LogArgs {
     /// The request: its id as in answers (`chatcmpl-…`) or bare.
     request: RequestId,
     /// One JSON object a line instead of a timeline.
     #[arg(long)]
     json: bool,
+    /// Go on with what happens, until the request ends (or Ctrl-C).
+    #[arg(long, short)]
+    follow: bool,
     #[command(flatten)]
     nats: NatsArgs,
 }
 
 pub(crate) fn run(args: &LogArgs) -> anyhow::Result<()> {
     init_logging("warn");
-    let events = runtime(1)?.block_on(async {
+    runtime(1)?.block_on(async {
         let streams = args.nats.connect("log", "log").await?;
-        let Some(log) = streams.log.find(args.request).await? else {
-            bail!("no request {} in the log: never accepted here, or older than the log keeps", args.request);
-        };
-        Ok(streams.log.read(&log, 0).await?)
-    })?;
-    if args.json {
-        for Recorded { seq, event } in &events {
-            let mut value = serde_json::to_value(event)?;
-            value["seq"] = (*seq).into();
-            println!("{value}");
+        let log = find(&streams, args.request).await?;
+        // Before the log is read, so that nothing falls between the two.
+        let live = if args.follow { Some(streams.log.watch(&log).await?) } else { None };
+        let events = streams.log.read(&log, 0).await?;
+        let mut printer = Printer { json: args.json, timeline: Timeline::default() };
+        events.iter().try_for_each(|recorded| printer.print(recorded))?;
+        let (Some(live), Some(mut last)) = (live, events.into_iter().next_back()) else { return Ok(()) };
+        let mut follow = Follow::new(streams.log.clone(), log, last.seq, live);
+        while !last.event.body.is_terminal() {
+            match follow.next().await {
+                Ok(next) => last = next,
+                Err(error) => {
+                    tracing::warn!(%error, "the log can't be read now; trying again");
+                    tokio::time::sleep(READ_PAUSE).await;
+                    continue;
+                }
+            }
+            printer.print(&last)?;
         }
-    } else {
-        print!("{}", timeline(&events));
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
-/// One line an event: time since the first, time since the one before, sequence, attempt, what happened.
-fn timeline(events: &[Recorded]) -> String {
-    let Some(first) = events.first().map(|recorded| recorded.event.time_us) else { return String::new() };
-    let mut text = format!("{:>10} {:>10}  {:>6}  {:>3}  event\n", "at", "after", "seq", "try");
-    let mut before = first;
-    for Recorded { seq, event } in events {
-        let at = millis(event.time_us.saturating_sub(first));
-        let after = millis(event.time_us.saturating_sub(before));
-        before = event.time_us;
-        text += &format!(
-            "{at:>10} {after:>10}  {seq:>6}  {:>3}  {:<16} {}\n",
+struct Printer {
+    json: bool,
+    timeline: Timeline,
+}
+
+impl Printer {
+    fn print(&mut self, recorded: &Recorded) -> anyhow::Result<()> {
+        if self.json {
+            return print(export::line(recorded.seq, &recorded.event));
+        }
+        if self.timeline.number == 0 {
+            print(HEADING)?;
+        }
+        print(self.timeline.line(recorded))
+    }
+}
+
+const HEADING: &str = "   #         at      after     seq  try  event";
+
+/// A line for each event.
+#[derive(Default)]
+struct Timeline {
+    number: usize,
+    first_us: u64,
+    before_us: u64,
+}
+
+impl Timeline {
+    fn line(&mut self, Recorded { seq, event }: &Recorded) -> String {
+        if self.number == 0 {
+            (self.first_us, self.before_us) = (event.time_us, event.time_us);
+        }
+        self.number += 1;
+        let at = millis(event.time_us.saturating_sub(self.first_us));
+        let after = millis(event.time_us.saturating_sub(self.before_us));
+        self.before_us = event.time_us;
+        format!(
+            "{:>4} {at:>10} {after:>10}  {seq:>6}  {:>3}  {:<16} {}",
+            self.number,
             event.attempt,
             event.body.name(),
             summary(event)
-        );
-    }
-    text
-}
-
-fn millis(micros: u64) -> String {
-    format!("{:.2} ms", micros as f64 / 1e3)
-}
-
-fn summary(event: &Event) -> String {
-    match &event.body {
-        Body::RequestAccepted(accepted) => format!(
-            "{} {}: {} prompt tokens, at most {} more, temperature {}, seed {}",
-            accepted.endpoint,
-            accepted.model,
-            accepted.prompt.len(),
-            accepted.max_tokens,
-            accepted.sampling.temperature,
-            accepted.sampling.seed
-        ),
-        Body::Claimed(claimed) => format!("by {}, delivery {}", claimed.worker, claimed.delivery),
-        Body::PrefillQueued(queued) => format!("{} tokens: {}", queued.tokens, queued.reason),
-        Body::PrefillClaimed(claimed) => format!("by {}, delivery {}", claimed.worker, claimed.delivery),
-        Body::KvReady(ready) => {
-            let kv = &ready.handle;
-            let (tokens, bytes) = (kv.tokens, size(kv.bytes() as u64));
-            format!(
-                "tokens {}..{} ({bytes}) in slot {} of {}, lease {} ms",
-                tokens.start,
-                tokens.end(),
-                kv.slot,
-                kv.agent,
-                kv.lease_remaining_ms
-            )
-        }
-        Body::PrefillCompleted(done) => {
-            format!("token {}: {:?}, computed in {}", done.first_index, done.text, millis(done.compute_us))
-        }
-        Body::KvTransferred(read) => {
-            format!(
-                "{} of {} tokens over {} in {}",
-                size(read.bytes),
-                read.tokens,
-                read.transport,
-                millis(read.read_us)
-            )
-        }
-        Body::KvLost(lost) => lost.reason.clone(),
-        Body::TokensGenerated(generated) => {
-            let last = generated.first_index as usize + generated.tokens.len() - 1;
-            let range = if generated.tokens.len() == 1 {
-                format!("{last}")
-            } else {
-                format!("{}..={last}", generated.first_index)
-            };
-            format!("token {range}: {:?}", generated.text)
-        }
-        Body::Released(released) => {
-            let kv = released.kv.as_ref().map_or(String::new(), |kv| {
-                format!(", with KV of {} tokens in slot {}", kv.tokens.end(), kv.slot)
-            });
-            format!("by {}: {}{kv}", released.worker, released.reason)
-        }
-        Body::RequestCompleted(done) => format!(
-            "{:?}: {} prompt tokens, {} generated",
-            done.reason, done.usage.prompt_tokens, done.usage.completion_tokens
-        ),
-        Body::RequestFailed(failed) => format!("{:?}: {}", failed.code, failed.message),
-        Body::RequestCancelled(cancelled) => cancelled.cause.clone(),
+        )
     }
 }
 
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..=9_999 => format!("{bytes} B"),
-        10_000..=9_999_999 => format!("{:.1} kB", bytes as f64 / 1e3),
-        _ => format!("{:.1} MB", bytes as f64 / 1e6),
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forebay_schemas::event::{Body, Event, FinishReason, RequestCompleted, TokensGenerated, Usage};
+
+    #[test]
+    fn a_timeline_counts_from_the_first_event() {
+        let request: RequestId = "019ab3c4d5e67f80a1b2c3d4e5f60718".parse().unwrap();
+        let generated = TokensGenerated { first_index: 1, tokens: vec![5, 6], text: " basin".into() };
+        let usage = Usage { prompt_tokens: 13, completion_tokens: 3, cached_tokens: 0 };
+        let completed = RequestCompleted { reason: FinishReason::Stop, usage };
+        let events = [
+            (41, 1_000_000, Body::TokensGenerated(generated)),
+            (57, 1_001_250, Body::RequestCompleted(completed)),
+        ];
+        let mut timeline = Timeline::default();
+        let lines = events.map(|(seq, time_us, body)| {
+            timeline.line(&Recorded { seq, event: Event { request, attempt: 1, time_us, body } })
+        });
+        insta::assert_snapshot!(format!("{HEADING}\n{}", lines.join("\n")), @r#"
+        #         at      after     seq  try  event
+        1    0.00 ms    0.00 ms      41    1  TokensGenerated  token 1..=2: " basin"
+        2    1.25 ms    1.25 ms      57    1  RequestCompleted Stop: 13 prompt tokens, 3 generated
+        "#);
     }
 }

@@ -2,12 +2,19 @@
 
 mod ask;
 mod bench;
+mod cancel;
 mod config;
 mod demo;
+mod dlq;
 mod doctor;
+mod export;
 mod gateway;
 mod log;
 mod model;
+mod replay;
+mod request;
+mod show;
+mod tail;
 mod up;
 mod worker;
 
@@ -41,6 +48,18 @@ enum Command {
     Worker(worker::WorkerArgs),
     /// Show what happened to a request, as a timeline.
     Log(log::LogArgs),
+    /// Show what happens to all requests, as it happens.
+    Tail(tail::TailArgs),
+    /// Write a request's log to a file, for a bug report.
+    Export(export::ExportArgs),
+    /// Put an exported request into the log.
+    Import(export::ImportArgs),
+    /// Go through a request again: its state at any event, or its tokens on an engine here.
+    Replay(replay::ReplayArgs),
+    /// End a request.
+    Cancel(cancel::CancelArgs),
+    /// Look at requests that no worker could do, and try them again.
+    Dlq(dlq::DlqArgs),
     /// Check this machine, the NATS server and a model, and say what to do about problems.
     Doctor(doctor::DoctorArgs),
     /// Measure: the control plane, the engine, KV reads, or any OpenAI-compatible server.
@@ -55,6 +74,7 @@ fn main() -> ExitCode {
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if show::reader_is_gone(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("forebay: {error:#}");
             ExitCode::FAILURE
@@ -69,6 +89,12 @@ fn run(command: Command, settings: Vec<(String, String)>) -> anyhow::Result<()> 
         Command::Gateway(args) => gateway::run(args),
         Command::Worker(args) => worker::run(args),
         Command::Log(args) => log::run(&args),
+        Command::Tail(args) => tail::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Import(args) => export::import(&args),
+        Command::Replay(args) => replay::run(args),
+        Command::Cancel(args) => cancel::run(&args),
+        Command::Dlq(args) => dlq::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(args),
     }

@@ -29,6 +29,9 @@ pub(crate) struct WorkArgs {
     /// Seconds without any sign of a remote prefill after which a decode worker does it itself.
     #[arg(long, env = "FOREBAY_PREFILL_PATIENCE_S", default_value_t = 60, value_name = "SECONDS")]
     prefill_patience_s: u64,
+    /// Attempts in a row without a token after which a request fails and goes to the dead letters.
+    #[arg(long, env = "FOREBAY_MAX_ATTEMPTS", default_value_t = 5, value_name = "N")]
+    max_attempts: u32,
 }
 
 #[derive(Args, Debug)]
@@ -76,6 +79,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         max_local_prefill_length: args.work.max_local_prefill_length,
         chunk_tokens: args.work.chunk,
         kv_lease: Duration::from_secs(args.work.kv_lease_s),
+        attempts_max: args.work.max_attempts.max(1),
         prefill_patience: Duration::from_secs(args.work.prefill_patience_s),
         grace: Duration::from_secs(args.grace_s),
         socket_folder: args.sockets.unwrap_or_else(socket_folder),

@@ -78,4 +78,16 @@ pub struct WorkerLease {
     pub host: String,
     /// Unix socket where peers on the same host get its region.
     pub kv_socket: String,
+    /// It was told to stop, and takes nothing new.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
+    /// Slots whose KV is sealed for others and not released yet.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub kv_leases: u32,
+}
+
+/// By reference: what serde asks for.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 use uuid::Uuid;
 
-/// A request: a UUIDv7, so that ids sort by time of acceptance. Shown without dashes.
+/// A request: a UUIDv7, so that ids sort by time of acceptance, or a UUIDv8 if the client's idempotency key decides.
+/// Shown without dashes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RequestId(Uuid);
@@ -18,6 +19,11 @@ impl RequestId {
     /// An id from parts: milliseconds since the Unix epoch and 74 bits of randomness, for simulations.
     pub fn from_parts(unix_ms: u64, random: &[u8; 10]) -> RequestId {
         RequestId(uuid::Builder::from_unix_timestamp_millis(unix_ms, random).into_uuid())
+    }
+
+    /// The id that follows from a digest, the same at every gateway: of its 128 bits, 122 count.
+    pub fn from_digest(digest: [u8; 16]) -> RequestId {
+        RequestId(uuid::Builder::from_custom_bytes(digest).into_uuid())
     }
 }
 
@@ -51,9 +57,10 @@ pub struct BadId {
 impl FromStr for RequestId {
     type Err = BadId;
 
-    /// Takes the bare id, with or without dashes, and OpenAI's form of it (`chatcmpl-…`).
+    /// Takes the bare id, with or without dashes, and OpenAI's forms of it (`chatcmpl-…`, `resp_…`).
     fn from_str(text: &str) -> Result<Self, BadId> {
-        Uuid::try_parse(text.strip_prefix("chatcmpl-").unwrap_or(text)).map(RequestId).map_err(|_| BadId {
+        let bare = ["chatcmpl-", "resp_"].iter().find_map(|prefix| text.strip_prefix(prefix)).unwrap_or(text);
+        Uuid::try_parse(bare).map(RequestId).map_err(|_| BadId {
             text: text.to_owned(),
             what: "request id",
             expected: "32 hexadecimal digits, as in chatcmpl-01997a5ce2b47d0c8e3f0f8ddc0c6a11",
@@ -175,7 +182,15 @@ mod tests {
         assert_eq!(text.len(), 32);
         assert_eq!(text.parse::<RequestId>().unwrap(), id);
         assert_eq!(format!("chatcmpl-{text}").parse::<RequestId>().unwrap(), id);
+        assert_eq!(format!("resp_{text}").parse::<RequestId>().unwrap(), id);
         assert!("chatcmpl-xyz".parse::<RequestId>().is_err());
+    }
+
+    #[test]
+    fn a_digest_is_an_id_of_its_own_version() {
+        let id = RequestId::from_digest([0xff; 16]);
+        assert_eq!(id.to_string(), "ffffffffffff8fffbfffffffffffffff");
+        assert_eq!(id, RequestId::from_digest([0xff; 16]));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 pub mod card;
 pub mod dead_letter;
 pub mod event;
+pub mod export;
 pub mod ids;
 pub mod kv;
 pub mod lifecycle;

@@ -222,6 +222,8 @@ fn frozen_registry_entries_decode_and_encode() {
         free_slots: 3,
         host: "node-1/6a1f0b52-3c44-4c51-9f86-0c3c0e1f2a3b".into(),
         kv_socket: "/run/forebay/decode-0a1b2c3d.sock".into(),
+        draining: false,
+        kv_leases: 0,
     };
     let text = golden("ModelCard.json", || json(&card));
     assert_eq!(serde_json::from_str::<ModelCard>(&text).unwrap(), card);

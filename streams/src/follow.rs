@@ -70,6 +70,12 @@ impl Follow {
         Ok(Follow::new(backend, log, after, live))
     }
 
+    /// Reads what there is already before it waits for a sign of more: for a log that was begun before it was followed.
+    pub fn catching_up(mut self) -> Follow {
+        self.hole = true;
+        self
+    }
+
     /// The sequence of the last event that was returned.
     pub fn seen(&self) -> u64 {
         self.seen

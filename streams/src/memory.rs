@@ -146,6 +146,12 @@ struct Queued {
     deliveries: u64,
 }
 
+impl Queue {
+    fn len(&self) -> usize {
+        self.pending.len() + self.delivered.len() + self.waiting.len()
+    }
+}
+
 impl Memory {
     fn new(limits: Limits) -> Memory {
         Memory {
@@ -363,7 +369,7 @@ impl Tasks for Memory {
             return Ok(());
         }
         let queue = state.queues.entry((role, model.clone())).or_default();
-        if queue.pending.len() + queue.delivered.len() + queue.waiting.len() >= self.limits.queue_max {
+        if queue.len() >= self.limits.queue_max {
             return Err(EnqueueError::Full { role, model: model.clone() });
         }
         queue.pending.push_back(Queued { payload, deliveries: 0 });
@@ -432,6 +438,13 @@ impl Tasks for Memory {
             pending: queue.pending.len() as u64,
             ack_pending: (queue.delivered.len() + queue.waiting.len()) as u64,
         }))
+    }
+
+    async fn room(&self, role: Role) -> Result<u64, StreamError> {
+        let state = self.state();
+        let of_role = state.queues.iter().filter(|((of, _), _)| *of == role);
+        let fullest = of_role.map(|(_, queue)| queue.len()).max().unwrap_or(0);
+        Ok(self.limits.queue_max.saturating_sub(fullest) as u64)
     }
 
     async fn signal_cancel(&self, worker: &WorkerId, signal: &CancelSignal) -> Result<(), StreamError> {

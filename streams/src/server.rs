@@ -1,5 +1,9 @@
 //! Starting a nats-server: for `forebay up`, which brings its own, and for tests against the real thing.
 
+mod cluster;
+
+pub use cluster::Cluster;
+
 use std::{
     net::TcpListener,
     os::unix::process::CommandExt,
@@ -78,17 +82,20 @@ impl Server {
         let program = program
             .or_else(|| find_tool("FOREBAY_NATS_SERVER", "nats-server"))
             .ok_or(ServerError::Missing)?;
-        let io = |path: &Path| {
-            let path = path.to_owned();
-            move |source| ServerError::Io { path, source }
-        };
+        let port = if port == 0 { free_port().map_err(io(folder))? } else { port };
+        let mut server = Server::spawn(program, folder, port, "server_name: forebay\n")?;
+        server.wait()?;
+        Ok(server)
+    }
+
+    /// Starts one with these lines in its configuration besides, and does not wait for it.
+    fn spawn(program: PathBuf, folder: &Path, port: u16, more: &str) -> Result<Server, ServerError> {
         std::fs::create_dir_all(folder).map_err(io(folder))?;
         Server::stop_leftover(folder);
-        let port = if port == 0 { free_port().map_err(io(folder))? } else { port };
         let config = folder.join("nats.conf");
         let text = format!(
             "listen: 127.0.0.1:{port}\n\
-             server_name: forebay\n\
+             {more}\
              log_file: {log:?}\n\
              pid_file: {pid:?}\n\
              ping_interval: \"5s\"\n\
@@ -99,10 +106,7 @@ impl Server {
             store = folder,
         );
         std::fs::write(&config, text).map_err(io(&config))?;
-        let mut server =
-            Server { process: spawn(&program, folder)?, program, folder: folder.to_owned(), port };
-        server.wait()?;
-        Ok(server)
+        Ok(Server { process: spawn(&program, folder)?, program, folder: folder.to_owned(), port })
     }
 
     /// Where clients connect.
@@ -184,6 +188,11 @@ impl Server {
             return Err(ServerError::Failed { program: self.program.clone(), cause, log });
         }
     }
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ServerError {
+    let path = path.to_owned();
+    move |source| ServerError::Io { path, source }
 }
 
 fn spawn(program: &Path, folder: &Path) -> Result<Child, ServerError> {

@@ -123,6 +123,9 @@ pub trait Tasks: Send + Sync + 'static {
     /// How much work waits.
     async fn depth(&self, role: Role, model: &ModelKey) -> Result<Depth, StreamError>;
 
+    /// How many more tasks all queues of a role are sure to take, now. 0: some of them refuse.
+    async fn room(&self, role: Role) -> Result<u64, StreamError>;
+
     /// Tells a worker to stop. Best effort: the log decides.
     async fn signal_cancel(&self, worker: &WorkerId, signal: &CancelSignal) -> Result<(), StreamError>;
 

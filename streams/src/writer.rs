@@ -14,8 +14,12 @@ use std::{sync::Arc, time::Duration};
 /// How often an append that keeps meeting other authors' events is decided again.
 const CONFLICTS_MAX: u32 = 32;
 
-/// Pause after a conflict with nothing to read: a replica that answers reads lags behind the leader.
-const STALE_READ_PAUSE: Duration = Duration::from_millis(5);
+/// The first pause after a conflict with nothing to read: a replica that answers reads lags behind the leader. Doubles
+/// with each conflict, up to [`STALE_READ_PAUSE_MAX`].
+const STALE_READ_PAUSE: Duration = Duration::from_millis(2);
+
+/// The longest such pause.
+const STALE_READ_PAUSE_MAX: Duration = Duration::from_millis(250);
 
 /// How often a log that must be there is read before the answer is that nobody can tell.
 const STALE_READS_MAX: u32 = 200;
@@ -125,7 +129,7 @@ impl LogWriter {
     pub async fn append(&mut self, body: Body) -> Result<(), WriteError> {
         let attempt = self.state.attempt + u32::from(matches!(body, Body::Claimed(_)));
         let mut event = Event { request: self.log.request, attempt, time_us: now_us(), body };
-        for _ in 0..CONFLICTS_MAX {
+        for conflicts in 0..CONFLICTS_MAX {
             self.state
                 .check(&event)
                 .map_err(|illegal| WriteError::Overtaken { log: self.log.clone(), illegal })?;
@@ -138,7 +142,8 @@ impl LogWriter {
                         return self.still_current(&event);
                     }
                     if news.is_empty() {
-                        tokio::time::sleep(STALE_READ_PAUSE).await;
+                        let pause = STALE_READ_PAUSE * 2_u32.pow(conflicts.min(10));
+                        tokio::time::sleep(pause.min(STALE_READ_PAUSE_MAX)).await;
                     }
                 }
                 Err(error) => return Err(error.into()),

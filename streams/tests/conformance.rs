@@ -78,6 +78,7 @@ conformance! {
     a_follower_misses_nothing,
     a_follower_of_a_stuck_client_catches_up,
     a_watch_sees_only_its_log,
+    what_was_there_before_is_read_at_once,
     tasks_are_delivered_once_while_worked_on,
     an_unanswered_task_comes_again,
     a_returned_task_comes_at_once,
@@ -282,6 +283,17 @@ async fn pull(streams: &Streams, wait_ms: u64) -> Option<forebay_streams::tasks:
     streams.tasks.pull(Role::Decode, &model(), Duration::from_millis(wait_ms)).await.unwrap()
 }
 
+async fn what_was_there_before_is_read_at_once(streams: Streams) {
+    let hub = Hub::start(streams.log.clone(), gateway(), |_| {}).await.unwrap();
+    let log = log();
+    write_a_life(&streams, &log, 3).await;
+    let began = tokio::time::Instant::now();
+    assert_eq!(follow_to_end(hub.follow(log.request, 0).catching_up()).await.len(), 6);
+    let watch = Follow::watch(streams.log.clone(), log, 0).await.unwrap();
+    assert_eq!(follow_to_end(watch.catching_up()).await.len(), 6);
+    assert!(began.elapsed() < Duration::from_millis(300), "{:?}", began.elapsed());
+}
+
 async fn tasks_are_delivered_once_while_worked_on(streams: Streams) {
     streams.tasks.ensure(&model()).await.unwrap();
     assert_eq!(pull(&streams, 50).await, None);
@@ -350,15 +362,19 @@ async fn a_task_published_twice_is_queued_once(streams: Streams) {
 
 async fn a_full_queue_refuses(streams: Streams) {
     streams.tasks.ensure(&model()).await.unwrap();
-    for _ in 0..QUEUE_MAX {
+    for free in (1..=QUEUE_MAX as u64).rev() {
+        assert_eq!(streams.tasks.room(Role::Decode).await.unwrap(), free);
         enqueue(&*streams.tasks, &task()).await.unwrap();
     }
+    assert_eq!(streams.tasks.room(Role::Decode).await.unwrap(), 0);
     let refused = enqueue(&*streams.tasks, &task()).await.unwrap_err();
     assert!(matches!(refused, EnqueueError::Full { .. }), "{refused}");
     let delivery = pull(&streams, 1000).await.unwrap();
     streams.tasks.answer(&delivery.ack_subject, Verdict::Ack).await.unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(streams.tasks.room(Role::Decode).await.unwrap(), 1);
     enqueue(&*streams.tasks, &task()).await.unwrap();
+    assert_eq!(streams.tasks.room(Role::Prefill).await.unwrap(), QUEUE_MAX as u64);
 }
 
 async fn models_outlive_and_leases_lapse(streams: Streams) {
@@ -386,6 +402,8 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         free_slots: 4,
         host: "here".into(),
         kv_socket: String::new(),
+        draining: false,
+        kv_leases: 0,
     };
     streams.registry.publish_model(&card).await.unwrap();
     streams.registry.renew(&lease).await.unwrap();

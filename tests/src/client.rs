@@ -105,7 +105,21 @@ impl Client {
         let (request, status) = (request_of(&response), response.status().as_u16());
         assert_eq!(status, 200, "{}", response.text().await.unwrap_or_default());
         let answer = Answer { request, status, text: String::new(), finish: None, usage: None, error: None };
-        Streaming { response, unread: Vec::new(), answer, done: false }
+        Streaming { response, unread: Vec::new(), answer, done: false, last_id: None }
+    }
+
+    /// Goes on with a stream that broke off elsewhere, and with what was read of it.
+    pub async fn resume(&self, broken: &Streaming) -> Streaming {
+        let answer = broken.answer.clone();
+        let url = format!("{}/v1/chat/completions/chatcmpl-{}?stream=true", self.url, answer.request);
+        let mut request = self.http.get(url);
+        if let Some(id) = &broken.last_id {
+            request = request.header("last-event-id", id);
+        }
+        let response = request.send().await.expect("the gateway answers");
+        assert_eq!(response.status(), 200, "{}", response.text().await.unwrap_or_default());
+        assert_eq!(request_of(&response), answer.request);
+        Streaming { response, unread: Vec::new(), answer, done: broken.done, last_id: broken.last_id.clone() }
     }
 
     /// Sends any body, and returns the status and the error.
@@ -131,12 +145,18 @@ pub struct Streaming {
     unread: Vec<u8>,
     answer: Answer,
     done: bool,
+    last_id: Option<String>,
 }
 
 impl Streaming {
     /// What was read so far.
     pub fn answer(&self) -> &Answer {
         &self.answer
+    }
+
+    /// The id of the last event that was read.
+    pub fn last_id(&self) -> Option<&str> {
+        self.last_id.as_deref()
     }
 
     /// Reads on until there is this much text, or the answer ends.
@@ -166,9 +186,11 @@ impl Streaming {
     }
 
     fn take(&mut self, event: &str) {
+        let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name));
         // Comments only keep the connection busy.
-        let Some(data) = event.strip_prefix("data: ") else { return };
+        let Some(data) = field("data: ") else { return };
         assert!(!self.done, "{data} after the end");
+        self.last_id = field("id: ").map(str::to_owned).or(self.last_id.take());
         if data == "[DONE]" {
             self.done = true;
             return;

@@ -17,13 +17,16 @@ use forebay_streams::{
     jetstream::{self, Limits, Options},
     log::Recorded,
     registry::Workers,
-    server::Server,
+    server::{Cluster, Server},
     tasks::Depth,
 };
 use rustix::process::Signal;
 use std::{
-    cell::Cell,
     process::{Command, Output},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 use tempfile::TempDir;
@@ -50,12 +53,18 @@ pub struct Deployment {
     pub streams: Streams,
     workers: watch::Receiver<Workers>,
     settings: Vec<(String, String)>,
-    started: Cell<u32>,
+    started: AtomicU32,
     // In this order: the server ends before its files go.
-    watchdog: Watchdog,
-    nats: Server,
+    watchdog: Mutex<Watchdog>,
+    nats: Mutex<Nats>,
     folder: TempDir,
     _room: SemaphorePermit<'static>,
+}
+
+/// What a deployment runs on.
+enum Nats {
+    One(Server),
+    Three(Cluster),
 }
 
 /// A running gateway.
@@ -82,25 +91,38 @@ impl Deployment {
         let room = ROOM.acquire().await.expect("never closed");
         let folder = files::scratch();
         let nats = Server::start(None, &folder.path().join("nats"), 0).expect("nats-server starts");
-        Deployment::on(nats, folder, room).await
+        Deployment::on(Nats::One(nats), folder, room).await
     }
 
-    /// The same with a monitoring endpoint, whose URL is returned.
+    /// The same on a cluster of three, with three copies of everything.
+    pub async fn start_on_cluster() -> Deployment {
+        let room = ROOM.acquire().await.expect("never closed");
+        let folder = files::scratch();
+        let start = || Cluster::start(None, &folder.path().join("nats")).expect("a cluster starts");
+        let nats = tokio::task::block_in_place(start);
+        Deployment::on(Nats::Three(nats), folder, room).await
+    }
+
+    /// A single server with a monitoring endpoint, whose URL is returned.
     pub async fn start_monitored() -> (Deployment, String) {
         let deployment = Deployment::start().await;
-        let Deployment { mut nats, folder, _room: room, watchdog, .. } = deployment;
+        let Deployment { nats, folder, _room: room, watchdog, .. } = deployment;
         drop(watchdog);
+        let Nats::One(mut nats) = nats.into_inner().expect("no panics while held") else {
+            unreachable!("one was started")
+        };
         let port = forebay_streams::server::free_port().expect("a port is free");
         let config = folder.path().join("nats/nats.conf");
         let text = std::fs::read_to_string(&config).expect("the server's configuration");
         std::fs::write(&config, format!("{text}http: \"127.0.0.1:{port}\"\n")).expect("it can be written");
         nats.restart().expect("nats-server starts again");
-        (Deployment::on(nats, folder, room).await, format!("http://127.0.0.1:{port}"))
+        (Deployment::on(Nats::One(nats), folder, room).await, format!("http://127.0.0.1:{port}"))
     }
 
-    async fn on(nats: Server, folder: TempDir, room: SemaphorePermit<'static>) -> Deployment {
-        let watchdog = Watchdog::over(nats.pid());
-        let limits = Limits { ack_wait: ACK_WAIT, lease_time: LEASE, ..Limits::default() };
+    async fn on(nats: Nats, folder: TempDir, room: SemaphorePermit<'static>) -> Deployment {
+        let watchdog = Watchdog::over(&nats.pids());
+        let replicas = nats.pids().len();
+        let limits = Limits { replicas, ack_wait: ACK_WAIT, lease_time: LEASE, ..Limits::default() };
         let options = Options {
             url: nats.url(),
             name: "test".into(),
@@ -113,6 +135,7 @@ impl Deployment {
         let path = |name: &str| folder.path().join(name).display().to_string();
         let settings = [
             ("FOREBAY_NATS", nats.url()),
+            ("FOREBAY_REPLICAS", replicas.to_string()),
             ("FOREBAY_DATA", path("data")),
             ("FOREBAY_SOCKETS", path("s")),
             ("FOREBAY_ACK_WAIT_S", ACK_WAIT.as_secs().to_string()),
@@ -127,7 +150,16 @@ impl Deployment {
             ("FOREBAY_PARENT", std::process::id().to_string()),
         ];
         let settings = settings.map(|(name, value)| (name.to_owned(), value)).to_vec();
-        Deployment { streams, workers, settings, started: Cell::new(0), watchdog, nats, folder, _room: room }
+        Deployment {
+            streams,
+            workers,
+            settings,
+            started: AtomicU32::new(0),
+            watchdog: Mutex::new(watchdog),
+            nats: Mutex::new(nats),
+            folder,
+            _room: room,
+        }
     }
 
     /// Lets workers that are started from now on simulate, with that much time for a decode step: tokens are then
@@ -144,15 +176,29 @@ impl Deployment {
 
     /// Where NATS is.
     pub fn nats_url(&self) -> String {
-        self.nats.url()
+        self.nats().url()
     }
 
-    /// Kills the nats-server as a power cut would, and starts it again after a while.
-    pub async fn interrupt_nats(&mut self, pause: Duration) {
-        self.nats.kill();
+    /// Where NATS is, as `host:port`, each server.
+    pub fn nats_addresses(&self) -> Vec<String> {
+        self.nats_url().split(',').map(|url| url.trim_start_matches("nats://").to_owned()).collect()
+    }
+
+    fn nats(&self) -> MutexGuard<'_, Nats> {
+        self.nats.lock().expect("no panics while held")
+    }
+
+    /// Kills the nats-server as a power cut would, and starts it again after a while. Of a cluster, it is the server
+    /// that leads the log stream, and all are in step again afterwards.
+    pub async fn interrupt_nats(&self, pause: Duration) {
+        let killed = tokio::task::block_in_place(|| self.nats().kill());
         tokio::time::sleep(pause).await;
-        self.nats.restart().expect("nats-server starts again");
-        self.watchdog = Watchdog::over(self.nats.pid());
+        let pids = tokio::task::block_in_place(|| {
+            let mut nats = self.nats();
+            nats.restart(killed);
+            nats.pids()
+        });
+        *self.watchdog.lock().expect("no panics while held") = Watchdog::over(&pids);
     }
 
     /// A `forebay` command on this deployment.
@@ -169,9 +215,13 @@ impl Deployment {
     }
 
     fn launch(&self, name: &str, arguments: &[&str]) -> Process {
-        self.started.set(self.started.get() + 1);
-        let log = self.folder.path().join(format!("{name}-{}.log", self.started.get()));
-        Process::start(name, &mut self.command(arguments), log)
+        self.launch_with(name, &mut self.command(arguments))
+    }
+
+    /// Starts a command of [`Deployment::command`] that was given settings of its own.
+    pub fn launch_with(&self, name: &str, command: &mut Command) -> Process {
+        let number = self.started.fetch_add(1, Ordering::Relaxed) + 1;
+        Process::start(name, command, self.folder.path().join(format!("{name}-{number}.log")))
     }
 
     /// Starts a gateway, with these flags besides, and waits until it is ready.
@@ -266,17 +316,17 @@ impl Deployment {
         soon("an event is in the log", logged).await;
     }
 
+    /// Living workers, kept up to date.
+    pub fn registered(&self) -> watch::Receiver<Workers> {
+        self.workers.clone()
+    }
+
     /// Waits for a request's end, and checks that its log keeps the invariants. Returns how it ended.
     pub async fn check_log(&self, request: RequestId) -> Lifecycle {
         self.logged(request, |event| event.body.is_terminal()).await;
         let events = self.events(request).await;
-        invariants::of_log(&events).unwrap_or_else(|broken| {
-            let line = |Recorded { seq, event }: &Recorded| {
-                format!("{seq}: {}: {:.240}", event.attempt, format!("{:?}", event.body))
-            };
-            let events: Vec<_> = events.iter().map(line).collect();
-            panic!("{broken} in the log of {request}:\n{}", events.join("\n"))
-        })
+        invariants::of_log(&events)
+            .unwrap_or_else(|broken| panic!("{broken} in the log of {request}:\n{}", shown(&events)))
     }
 
     /// [`Deployment::check_log`], and that the client has read what the log says.
@@ -289,11 +339,66 @@ impl Deployment {
     }
 }
 
+impl Nats {
+    fn url(&self) -> String {
+        match self {
+            Nats::One(server) => server.url(),
+            Nats::Three(cluster) => cluster.url(),
+        }
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        match self {
+            Nats::One(server) => vec![server.pid()],
+            Nats::Three(cluster) => cluster.pids(),
+        }
+    }
+
+    /// Kills a server, and says which.
+    fn kill(&mut self) -> usize {
+        match self {
+            Nats::One(server) => {
+                server.kill();
+                0
+            }
+            Nats::Three(cluster) => {
+                let leader = cluster.leader("FB_LOG").unwrap_or(0);
+                cluster.servers()[leader].kill();
+                leader
+            }
+        }
+    }
+
+    fn restart(&mut self, killed: usize) {
+        match self {
+            Nats::One(server) => server.restart().expect("nats-server starts again"),
+            Nats::Three(cluster) => {
+                cluster.servers()[killed].restart().expect("nats-server starts again");
+                cluster.wait_in_step().expect("the cluster is whole again");
+            }
+        }
+    }
+}
+
 impl Worker {
     /// Tells it to stop.
     pub fn terminate(&self) {
         self.process.signal(Signal::TERM);
     }
+}
+
+/// A log for people, a line an event.
+pub fn shown(events: &[Recorded]) -> String {
+    let line = |Recorded { seq, event }: &Recorded| {
+        let body = format!("{:?}", event.body);
+        format!(
+            "{seq}: {}.{:06}: {}: {body:.240}",
+            event.time_us / 1_000_000,
+            event.time_us % 1_000_000,
+            event.attempt
+        )
+    };
+    events.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// A `forebay` command that has no settings but its arguments.

@@ -10,10 +10,12 @@ use forebay_streams::log::Recorded;
 use std::fmt;
 
 /// A promise that was not kept.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broken {
-    invariant: &'static str,
-    detail: String,
+    /// Which, by its number in ARCHITECTURE.md.
+    pub invariant: &'static str,
+    /// What was found instead.
+    pub detail: String,
 }
 
 impl fmt::Display for Broken {
@@ -26,10 +28,25 @@ const LEGAL: &str = "a log folds through the lifecycle";
 const ONE_END: &str = "1: a request reaches exactly one terminal event";
 const ALL_TOKENS: &str = "2: no token twice, none missing";
 const SAME_TEXT: &str = "2: the client reads what the log says";
+const SAME_TOKENS: &str = "4: the tokens are those of an undisturbed run";
 const ONE_AUTHOR: &str = "3: after a newer claim, an older attempt appends nothing";
 const ONE_PREFILL: &str = "3: after a newer claim, an older prefill appends nothing";
 
-fn broken(invariant: &'static str, detail: impl Into<String>) -> Broken {
+/// A request that was acknowledged to its client has no end, or, with several, too many.
+pub const ENDS: &str = ONE_END;
+/// Something follows the end of a log.
+pub const NOTHING_AFTER: &str = "1: nothing follows the end of a request";
+/// Slots are held that no request needs.
+pub const ALL_FREE: &str = "5: no slot and no lease stays held";
+/// Tasks are left that no request needs.
+pub const QUEUES_EMPTY: &str = "5: no task stays in a queue";
+/// A process ends though nothing was done to it, or panics.
+pub const ALIVE: &str = "no process ends but by what is done to it";
+/// Something waits for longer than it may.
+pub const BOUNDED: &str = "7: every wait has a bound";
+
+/// A promise that was not kept, found elsewhere than in a log.
+pub fn broken(invariant: &'static str, detail: impl Into<String>) -> Broken {
     Broken { invariant, detail: detail.into() }
 }
 
@@ -60,6 +77,25 @@ pub fn of_answer(state: &Lifecycle, answer: &Answer) -> Result<(), Broken> {
         Some(read) if read != usage => Err(broken(SAME_TEXT, format!("read {read:?}, logged {usage:?}"))),
         _ => Ok(()),
     }
+}
+
+/// Checks what a client read whose connection broke off, or that closed it: the beginning of what the log says.
+pub fn of_part(state: &Lifecycle, answer: &Answer) -> Result<(), Broken> {
+    if state.text.starts_with(&answer.text) {
+        return Ok(());
+    }
+    Err(broken(SAME_TEXT, format!("read {:?}, logged {:?}", answer.text, state.text)))
+}
+
+/// Checks a log's tokens against those of a run that nothing happened to, which may go on for longer.
+pub fn of_tokens(state: &Lifecycle, undisturbed: &[u32]) -> Result<(), Broken> {
+    if undisturbed.starts_with(&state.tokens) {
+        return Ok(());
+    }
+    let differs = state.tokens.iter().zip(undisturbed).position(|(found, expected)| found != expected);
+    let differs = differs.unwrap_or(undisturbed.len());
+    let detail = format!("token {differs} of {} is {:?}", state.tokens.len(), state.tokens.get(differs));
+    Err(broken(SAME_TOKENS, format!("{detail}, expected {:?}", undisturbed.get(differs))))
 }
 
 fn one_end(events: &[Recorded]) -> Result<(), Broken> {
@@ -194,6 +230,12 @@ mod tests {
         assert_eq!(of_answer(&state, &answer), Ok(()));
         answer.text.push('b');
         assert_eq!(of_answer(&state, &answer).unwrap_err().invariant, SAME_TEXT);
+        assert_eq!(of_part(&state, &answer).unwrap_err().invariant, SAME_TEXT);
+        answer = Answer { text: "a".into(), ..answer };
+        assert_eq!(of_part(&state, &answer), Ok(()));
+        assert_eq!(of_tokens(&state, &[7, 8, 9, 10]), Ok(()));
+        assert_eq!(of_tokens(&state, &[7, 8]).unwrap_err().invariant, SAME_TOKENS);
+        assert_eq!(of_tokens(&state, &[7, 6, 9]).unwrap_err().invariant, SAME_TOKENS);
         answer = Answer { text: "ab".into(), finish: Some(FinishReason::Stop), ..answer };
         assert_eq!(of_answer(&state, &answer).unwrap_err().invariant, SAME_TEXT);
     }

@@ -2,6 +2,7 @@
 //! [`client`] that reads what any client would, and the [`invariants`] that every log must keep, whatever died.
 //! In [`simulation`] the same code runs on one thread and a virtual clock, thousands of times.
 
+pub mod chaos;
 pub mod client;
 pub mod deployment;
 pub mod files;

@@ -56,11 +56,24 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// How it ended; none while it runs.
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child can be waited for")
+    }
+
+    /// The first line with this in it that it has logged, if there is one.
+    pub fn said(&self, text: &str) -> Option<String> {
+        let log = self.log();
+        // The last line may be half written.
+        let whole = &log[..log.rfind('\n').unwrap_or(0)];
+        whole.lines().find(|line| line.contains(text)).map(str::to_owned)
+    }
+
     /// Waits until it has ended by itself.
     pub async fn ended(&mut self) -> ExitStatus {
         let give_up = Instant::now() + PATIENCE;
         loop {
-            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+            if let Some(status) = self.exited() {
                 return status;
             }
             assert!(Instant::now() < give_up, "{} does not end", self.name);
@@ -72,12 +85,9 @@ impl Process {
     pub async fn says(&mut self, text: &str) -> String {
         let give_up = Instant::now() + PATIENCE;
         loop {
-            let ended = self.child.try_wait().expect("a child can be waited for");
-            let log = self.log();
-            // The last line may be half written.
-            let whole = &log[..log.rfind('\n').unwrap_or(0)];
-            if let Some(line) = whole.lines().find(|line| line.contains(text)) {
-                return line.to_owned();
+            let ended = self.exited();
+            if let Some(line) = self.said(text) {
+                return line;
             }
             if let Some(status) = ended {
                 panic!("{} ended ({status}) before it said {text:?}", self.name);
@@ -104,15 +114,16 @@ fn pid(child: &Child) -> Pid {
     Pid::from_raw(child.id() as i32).expect("a child has a pid")
 }
 
-/// Kills another process once this one is gone, however it goes: a nats-server of a test that was aborted would
+/// Kills other processes once this one is gone, however it goes: a nats-server of a test that was aborted would
 /// stay for ever. Does nothing more once it is dropped in good order.
 #[derive(Debug)]
 pub(crate) struct Watchdog(Child);
 
 impl Watchdog {
-    pub(crate) fn over(pid: u32) -> Watchdog {
+    pub(crate) fn over(pids: &[u32]) -> Watchdog {
+        let pids = pids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
         // Its standard input closes with the last process that has the other end.
-        let script = format!("trap '' INT TERM; read order || kill -9 {pid}");
+        let script = format!("trap '' INT TERM; read order || kill -9 {pids}");
         let mut command = Command::new("sh");
         command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         Watchdog(command.process_group(0).spawn().expect("a shell can be started"))

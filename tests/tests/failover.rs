@@ -242,7 +242,7 @@ async fn a_prefill_worker_is_stopped_and_goes_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_nats_server_is_killed_and_comes_back() {
-    let (mut deployment, gateway, undisturbed) = simulating().await;
+    let (deployment, gateway, undisturbed) = simulating().await;
     let (_decode, _prefill) = tokio::join!(deployment.decode(), deployment.prefill());
     let mut stream = gateway.client.stream(&chat()).await;
     stream.read_text(50).await;

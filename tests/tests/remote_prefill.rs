@@ -94,7 +94,7 @@ async fn the_log_command_shows_every_step() {
     assert!(timeline.status.success());
     let timeline = String::from_utf8(timeline.stdout).expect("UTF-8");
     let shown: Vec<&str> =
-        timeline.lines().skip(1).map(|line| line.split_whitespace().nth(6).unwrap_or("")).collect();
+        timeline.lines().skip(1).map(|line| line.split_whitespace().nth(7).unwrap_or("")).collect();
     assert_eq!(shown, steps, "{timeline}");
     for part in [decode.id.as_str(), prefill.id.as_str(), "over shm in", "Stop: "] {
         assert!(timeline.contains(part), "no {part} in:\n{timeline}");

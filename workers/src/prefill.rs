@@ -8,13 +8,13 @@ use crate::{
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
-    worker::Worker,
+    worker::{NO_LOG_PAUSE, NO_LOG_TRIES, Worker},
 };
 use forebay_schemas::{
     event::{Body, KvLost, KvReady, PrefillClaimed, PrefillCompleted},
     kv::{KvHandle, TokenRange},
     lifecycle::{Illegal, Phase},
-    task::{PrefillTask, Task},
+    task::{PrefillTask, Role, Task},
 };
 use forebay_streams::{
     environment::off_thread,
@@ -22,13 +22,19 @@ use forebay_streams::{
     tasks::{Delivery, Verdict},
     writer::{LogWriter, WriteError},
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// Prompts that a worker holds in front of their prefill: one that runs, and one to go on with. Further ones stay
 /// in the queue, where other workers can take them.
 pub(crate) const COMPUTING_MAX: usize = 2;
+
+/// Pause before a prefill that failed is tried again, here or elsewhere.
+const FAILED_PAUSE: Duration = Duration::from_millis(200);
+
+/// Claims of one prefill after which no prefill worker tries it any more: it may be what ends them.
+const CLAIMS_MAX: u32 = 3;
 
 /// Why a prefill was not done here.
 #[derive(Debug, thiserror::Error)]
@@ -83,9 +89,14 @@ pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, computin
                 give_up(&worker, &task, &error).await;
                 worker.answer(&delivery, Verdict::Ack).await;
             }
+            Err(PrefillError::Write(WriteError::Missing(_))) => {
+                let gone = delivery.delivery >= NO_LOG_TRIES;
+                let verdict = if gone { Verdict::Ack } else { Verdict::Later(NO_LOG_PAUSE) };
+                worker.answer(&delivery, verdict).await;
+            }
             Err(error) => {
                 tracing::warn!(request = %task.request, %error, "a prefill failed");
-                worker.answer(&delivery, Verdict::Nak).await;
+                worker.answer(&delivery, Verdict::Later(FAILED_PAUSE)).await;
             }
         }
     }
@@ -102,6 +113,13 @@ async fn prefill(
     let mut writer = LogWriter::open(worker.streams.log.clone(), log).await?;
     let waiting = matches!(writer.state().phase, Phase::PrefillQueued | Phase::Prefilling);
     if writer.state().attempt != task.attempt || !waiting {
+        return Ok(None);
+    }
+    if writer.state().prefills >= CLAIMS_MAX {
+        let reason = format!("{} prefill workers began and did not finish", writer.state().prefills);
+        tracing::warn!(log = %writer.log(), reason, "left to the decode worker");
+        worker.bury(writer.log(), Role::Prefill, None, reason.clone(), CLAIMS_MAX.into()).await;
+        writer.append(Body::KvLost(KvLost { reason })).await?;
         return Ok(None);
     }
     let claimed = PrefillClaimed {
@@ -175,16 +193,5 @@ async fn seal(worker: &Arc<Worker>, slot: &Arc<Slot>, lease: &Sealed, tokens: To
     let layout = worker.runner.card().layout;
     let (runner, held) = (worker.runner.clone(), slot.clone());
     let checksums = off_thread(move || sums(runner.kv(), &layout, held.index(), tokens)).await;
-    KvHandle {
-        agent: worker.id.clone(),
-        incarnation: worker.incarnation,
-        layout,
-        layout_hash: worker.model.layout_hash,
-        slot: slot.index(),
-        generation: lease.generation(),
-        tokens,
-        checksums,
-        lease_remaining_ms: lease.remaining().as_millis() as u32,
-        capability: lease.capability(),
-    }
+    worker.handle(slot, lease, tokens, checksums)
 }

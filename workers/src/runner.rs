@@ -35,8 +35,9 @@ pub enum Output {
 
 enum Command {
     Add(Sequence, mpsc::Sender<Output>),
-    Remove(u32, oneshot::Sender<()>),
+    Remove(u32, oneshot::Sender<Option<Sequence>>),
     Park(u32, u32, oneshot::Sender<()>),
+    Answer(oneshot::Sender<()>),
 }
 
 /// A handle on the engine's thread, which ends when the last handle is dropped.
@@ -84,6 +85,14 @@ impl Runner {
         self.commands.closed().await;
     }
 
+    /// Resolves once the engine has finished the step that runs.
+    pub async fn answers(&self) {
+        let (done, wait) = oneshot::channel();
+        if self.commands.send(Command::Answer(done)).await.is_ok() {
+            let _ = wait.await;
+        }
+    }
+
     /// Runs a sequence. Its outputs end when it has drawn its last token or was removed.
     pub async fn add(&self, sequence: Sequence) -> Result<mpsc::Receiver<Output>, EngineStopped> {
         let (sender, receiver) = mpsc::channel(OUTPUT_MAX);
@@ -91,13 +100,12 @@ impl Runner {
         Ok(receiver)
     }
 
-    /// Takes a sequence out, if it still runs. When this returns, the engine no longer touches the slot but for
-    /// scratch writes at its parked position.
-    pub async fn remove(&self, slot: u32) {
+    /// Takes a sequence out, if it still runs, and returns how far it is. When this returns, the engine no longer
+    /// touches the slot but for scratch writes at its parked position, and all that was drawn is in the channel.
+    pub async fn remove(&self, slot: u32) -> Option<Sequence> {
         let (done, wait) = oneshot::channel();
-        if self.commands.send(Command::Remove(slot, done)).await.is_ok() {
-            let _ = wait.await;
-        }
+        self.commands.send(Command::Remove(slot, done)).await.ok()?;
+        wait.await.ok().flatten()
     }
 
     /// Tells where scratch writes to an unused slot may go: see [`Scheduler::park`]. When this returns, no step that
@@ -188,9 +196,10 @@ impl EngineLoop {
                 self.scheduler.add(sequence);
             }
             Command::Remove(slot, done) => {
-                self.leave(slot);
-                let _ = done.send(());
+                let sequence = self.leave(slot);
+                let _ = done.send(sequence);
             }
+            Command::Answer(done) => drop(done.send(())),
             // Commands are obeyed between steps: whoever waits knows that the next step goes by it.
             Command::Park(slot, positions, done) => {
                 self.scheduler.park(slot, positions);
@@ -199,16 +208,16 @@ impl EngineLoop {
         }
     }
 
-    fn leave(&mut self, slot: u32) {
-        self.scheduler.remove(slot);
+    fn leave(&mut self, slot: u32) -> Option<Sequence> {
         self.outputs.remove(&slot);
+        self.scheduler.remove(slot)
     }
 
     /// Sequences that nobody reads any more leave.
     fn drop_unread(&mut self) {
         let unread: Vec<u32> =
             self.outputs.iter().filter(|(_, out)| out.is_closed()).map(|(slot, _)| *slot).collect();
-        unread.into_iter().for_each(|slot| self.leave(slot));
+        unread.into_iter().for_each(|slot| drop(self.leave(slot)));
     }
 
     fn run_chunk(&mut self, step: &Step) {

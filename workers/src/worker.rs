@@ -3,18 +3,22 @@
 use crate::{
     decode,
     engine::{Engine, EngineCard},
-    kv::{KvPeers, Leases, SlotPool, shm},
+    kv::{KvPeers, Leases, Sealed, Slot, SlotPool, shm},
     prefill,
     runner::{EngineStopped, Runner},
 };
 use forebay_schemas::{
     card::{ModelCard, WorkerLease},
+    dead_letter::DeadLetter,
+    event::FailureCode,
     ids::{RequestId, WorkerId},
+    kv::{KvHandle, TokenRange},
     task::Role,
 };
 use forebay_streams::{
     StreamError, Streams,
     environment::{self, in_process},
+    log::LogRef,
     registry::Workers,
     tasks::{Delivery, Verdict},
 };
@@ -22,6 +26,7 @@ use futures::StreamExt;
 use std::{
     collections::BTreeMap,
     path::PathBuf,
+    pin::pin,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -30,7 +35,23 @@ use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 /// Pause after a pull that failed.
-const PULL_PAUSE: Duration = Duration::from_secs(1);
+const PULL_PAUSE: Duration = Duration::from_millis(500);
+
+/// Deliveries after which a task whose log can't be found is dropped: the log has expired or was removed, or was never
+/// begun.
+pub(crate) const NO_LOG_TRIES: u64 = 8;
+
+/// Pause between them: on a cluster, the server that answered may lag behind.
+pub(crate) const NO_LOG_PAUSE: Duration = Duration::from_millis(250);
+
+/// How often the engine is asked whether it still runs.
+const ENGINE_CHECK: Duration = Duration::from_secs(5);
+
+/// How long one step of the engine may take. A longer one will not end: a driver that hangs, most likely.
+const STEP_MAX: Duration = Duration::from_secs(60);
+
+/// Kept of the grace for what must still be said when it is over.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Settings of one worker.
 #[derive(Clone, Debug)]
@@ -43,6 +64,8 @@ pub struct WorkerConfig {
     pub chunk_tokens: u32,
     /// How long sealed KV waits for its reader.
     pub kv_lease: Duration,
+    /// Attempts in a row without a token after which a request is given up.
+    pub attempts_max: u32,
     /// How long a decode worker waits for any sign of a remote prefill before it does it itself.
     pub prefill_patience: Duration,
     /// How long running requests may go on after the worker was told to stop.
@@ -71,6 +94,9 @@ pub enum WorkerError {
     /// The engine panicked. What ran here goes on elsewhere.
     #[error(transparent)]
     Engine(#[from] EngineStopped),
+    /// The engine hangs. What ran here goes on elsewhere; a new process may do better.
+    #[error("a step of the engine has not ended within {STEP_MAX:?}")]
+    EngineHangs,
 }
 
 /// What all requests of a worker share.
@@ -87,6 +113,14 @@ pub(crate) struct Worker {
     pub(crate) leases: Leases,
     pub(crate) peers: KvPeers,
     pub(crate) workers: watch::Receiver<Workers>,
+    /// The worker was told to stop.
+    pub(crate) stop: CancellationToken,
+    /// What still runs is to be left as it is.
+    pub(crate) grace_over: CancellationToken,
+    /// How many loops wait for a task.
+    pulling: watch::Sender<u32>,
+    /// Where sequences can go when this worker stops.
+    pub(crate) places: decode::SharedPlaces,
     running: Mutex<BTreeMap<RequestId, CancelFlag>>,
 }
 
@@ -143,20 +177,24 @@ pub async fn run(
         slots: SlotPool::new(layout.slots),
         leases,
         peers: KvPeers::new(layout_hash),
+        stop: stop.clone(),
+        grace_over: CancellationToken::new(),
+        pulling: watch::channel(0).0,
+        places: Mutex::default(),
         running: Mutex::default(),
         config,
     });
     tracing::info!(worker = %worker.id, model = worker.model.name, slots = layout.slots, "ready");
-    let background = [
-        environment::spawn(worker.clone().hold_lease(owner.path().display().to_string())),
-        environment::spawn(worker.clone().hear_cancels()),
-    ];
+    let mut background = JoinSet::new();
+    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string())));
+    background.spawn(in_process(worker.clone().hear_cancels()));
     let outcome = tokio::select! {
         biased;
         () = worker.clone().serve(stop) => Ok(()),
         () = worker.runner.stopped() => Err(EngineStopped.into()),
+        () = worker.engine_hangs() => Err(WorkerError::EngineHangs),
     };
-    background.iter().for_each(tokio::task::JoinHandle::abort);
+    drop(background);
     if let Err(error) = worker.streams.registry.resign(&worker.id).await {
         tracing::debug!(%error, "the lease will lapse by itself");
     }
@@ -179,22 +217,32 @@ impl Worker {
         }
         stop.cancelled().await;
         tracing::info!(running = self.running.lock().expect("no panics while held").len(), "draining");
-        let drained = async { while loops.join_next().await.is_some() {} };
-        if tokio::time::timeout(self.config.grace, drained).await.is_err() {
+        let mut drained = pin!(async { while loops.join_next().await.is_some() {} });
+        let grace = self.config.grace.saturating_sub(LAST_WORDS);
+        if tokio::time::timeout(grace, &mut drained).await.is_err() {
             tracing::warn!("the grace period is over; the rest is left to other workers");
+            self.grace_over.cancel();
+            let _ = tokio::time::timeout(self.config.grace - grace, drained).await;
+        }
+    }
+
+    /// Resolves when a step takes too long. Everything else of the worker would go on, so that nobody would notice.
+    async fn engine_hangs(&self) {
+        loop {
+            tokio::time::sleep(ENGINE_CHECK).await;
+            if tokio::time::timeout(STEP_MAX, self.runner.answers()).await.is_err() {
+                return;
+            }
         }
     }
 
     /// The next task, or none when the worker is to stop.
     pub(crate) async fn next_task(&self, stop: &CancellationToken) -> Option<Delivery> {
+        let _pulling = Pulling::begin(&self.pulling);
         while !stop.is_cancelled() {
-            let pull = self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait());
-            let pulled = tokio::select! {
-                biased;
-                pulled = pull => pulled,
-                () = stop.cancelled() => return None,
-            };
-            match pulled {
+            match self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait()).await {
+                // A pull is never dropped: what it brings would come again only after the ack wait.
+                Ok(Some(delivery)) if stop.is_cancelled() => self.answer(&delivery, Verdict::Nak).await,
                 Ok(Some(delivery)) => return Some(delivery),
                 Ok(None) => {}
                 Err(error) => {
@@ -204,6 +252,13 @@ impl Worker {
             }
         }
         None
+    }
+
+    /// Waits until nothing more can be delivered to a worker that was told to stop.
+    pub(crate) async fn pulls_over(&self) {
+        self.stop.cancelled().await;
+        // The sender lives as long as the worker.
+        let _ = self.pulling.subscribe().wait_for(|pulls| *pulls == 0).await;
     }
 
     /// How long one pull waits at the server. The pulls of a worker that hangs must be over before its tasks are
@@ -264,8 +319,56 @@ impl Worker {
         }
     }
 
+    /// Keeps what is known of a task that failed as often as it may. Best effort: the log has the rest.
+    pub(crate) async fn bury(
+        &self,
+        log: &LogRef,
+        role: Role,
+        code: Option<FailureCode>,
+        reason: String,
+        attempts: u64,
+    ) {
+        let letter = DeadLetter {
+            request: log.request,
+            gateway: log.gateway.clone(),
+            model: self.model.key.clone(),
+            role,
+            code,
+            reason,
+            attempts,
+            time_us: environment::now_us(),
+        };
+        if let Err(error) = self.streams.dead_letters.bury(&letter).await {
+            tracing::warn!(%log, %error, "a dead letter was not kept");
+        }
+    }
+
+    /// What an event says of sealed KV in one of this worker's slots.
+    pub(crate) fn handle(
+        &self,
+        slot: &Slot,
+        lease: &Sealed,
+        tokens: TokenRange,
+        checksums: Vec<u64>,
+    ) -> KvHandle {
+        KvHandle {
+            agent: self.id.clone(),
+            incarnation: self.incarnation,
+            layout: self.runner.card().layout,
+            layout_hash: self.model.layout_hash,
+            slot: slot.index(),
+            generation: lease.generation(),
+            tokens,
+            checksums,
+            lease_remaining_ms: lease.remaining().as_millis() as u32,
+            capability: lease.capability(),
+        }
+    }
+
+    /// Renews the worker's lease several times within its time, and at once when the worker is told to stop.
     async fn hold_lease(self: Arc<Self>, kv_socket: String) {
         let host = shm::host_id();
+        let pause = self.streams.registry.lease_time() / 4;
         loop {
             let lease = WorkerLease {
                 worker: self.id.clone(),
@@ -277,12 +380,40 @@ impl Worker {
                 free_slots: self.slots.free(),
                 host: host.clone(),
                 kv_socket: kv_socket.clone(),
+                draining: self.stop.is_cancelled(),
+                kv_leases: self.leases.held(),
             };
             if let Err(error) = self.streams.registry.renew(&lease).await {
                 tracing::warn!(%error, "the worker's lease was not renewed");
             }
-            tokio::time::sleep(self.streams.registry.lease_time() / 3).await;
+            let stops = async {
+                match lease.draining {
+                    true => std::future::pending().await,
+                    false => self.stop.cancelled().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = stops => {}
+                () = tokio::time::sleep(pause) => {}
+            }
         }
+    }
+}
+
+/// A loop that may be given a task at any moment.
+struct Pulling<'a>(&'a watch::Sender<u32>);
+
+impl Pulling<'_> {
+    fn begin(pulls: &watch::Sender<u32>) -> Pulling<'_> {
+        pulls.send_modify(|pulls| *pulls += 1);
+        Pulling(pulls)
+    }
+}
+
+impl Drop for Pulling<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|pulls| *pulls -= 1);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Who sees to it that a request's log ends: one small task for each request. It learns from the one end of a
-//! channel being dropped that the client is gone, and needs nobody to tell it that the time is up.
+//! channel being dropped that the client is gone, and needs nobody to tell it that the time is up. What becomes of a
+//! detached request then, it reads from the log.
 
 use crate::{Shared, admission::Permit};
 use forebay_schemas::event::{Body, FailureCode, RequestFailed};
@@ -20,7 +21,8 @@ const ATTEMPTS_MAX: u32 = 7;
 /// The first wait: with doubling, about half a minute in all.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 
-/// The request's end of the channel. Dropped without a word, the client is gone.
+/// The request's end of the channel. Dropped without a word, the client is gone, or (of a detached request) no longer
+/// reads here.
 pub(super) struct Keeper(Option<oneshot::Sender<End>>);
 
 enum End {
@@ -32,9 +34,22 @@ enum End {
 
 impl Keeper {
     /// Starts watching over a request. The permit is held until its log has ended.
-    pub(super) fn spawn(gateway: &Arc<Shared>, log: LogRef, timeout: Duration, permit: Permit) -> Keeper {
+    pub(super) fn spawn(
+        gateway: &Arc<Shared>,
+        log: LogRef,
+        timeout: Duration,
+        detached: bool,
+        permit: Permit,
+    ) -> Keeper {
         let (sender, receiver) = oneshot::channel();
-        gateway.keepers.spawn(in_process(keep(gateway.streams.clone(), log, timeout, permit, receiver)));
+        let gateway_too = gateway.clone();
+        gateway.keepers.spawn(in_process(async move {
+            if let Some(ending) = wait(&gateway_too, &log, timeout, detached, receiver).await {
+                bring_about(&gateway_too.streams, &log, &ending).await;
+            }
+            gateway_too.watch.forget(log.request);
+            drop(permit);
+        }));
         Keeper(Some(sender))
     }
 
@@ -62,24 +77,56 @@ enum Ending {
     Expired(Duration),
 }
 
-async fn keep(
-    streams: Streams,
-    log: LogRef,
+/// Waits until the request has ended (none) or is to be ended.
+async fn wait(
+    gateway: &Shared,
+    log: &LogRef,
     timeout: Duration,
-    _permit: Permit,
+    detached: bool,
     end: oneshot::Receiver<End>,
-) {
-    let ending = match tokio::time::timeout(timeout, end).await {
-        Ok(Ok(End::Ended)) => return,
-        Ok(Ok(End::Abandoned(cause))) => Ending::Cancelled(cause),
-        Ok(Err(_dropped)) => Ending::Cancelled("client disconnected"),
-        Err(_elapsed) => Ending::Expired(timeout),
-    };
+) -> Option<Ending> {
+    let time = tokio::time::sleep(timeout);
+    tokio::pin!(time);
+    tokio::select! {
+        biased;
+        end = end => match end {
+            Ok(End::Ended) => None,
+            Ok(End::Abandoned(cause)) => Some(Ending::Cancelled(cause)),
+            Err(_dropped) if detached => tokio::select! {
+                biased;
+                () = ended(gateway, log) => None,
+                () = &mut time => Some(Ending::Expired(timeout)),
+                // It goes on without this gateway. Whoever is asked for it next keeps its deadline.
+                () = gateway.closing.cancelled() => None,
+            },
+            Err(_dropped) => Some(Ending::Cancelled("client disconnected")),
+        },
+        () = &mut time => Some(Ending::Expired(timeout)),
+    }
+}
+
+/// Resolves once the log has a terminal event.
+async fn ended(gateway: &Shared, log: &LogRef) {
+    let mut follow = gateway.hub.follow(log.request, 0).catching_up();
+    loop {
+        match follow.next().await {
+            Ok(recorded) if recorded.event.body.is_terminal() => return,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::debug!(%log, %error, "a log that nobody reads can't be read; trying again");
+                tokio::time::sleep(super::READ_RETRY).await;
+            }
+        }
+    }
+}
+
+/// Ends the log, unless it has ended.
+async fn bring_about(streams: &Streams, log: &LogRef, ending: &Ending) {
     let mut wait = RETRY_FIRST;
     for attempts in 1..=ATTEMPTS_MAX {
         let ended = match ending {
-            Ending::Cancelled(cause) => cancel(&streams, &log, cause).await.map(drop),
-            Ending::Expired(timeout) => expire(&streams, &log, timeout).await,
+            Ending::Cancelled(cause) => cancel(streams, log, cause).await.map(drop),
+            Ending::Expired(timeout) => expire(streams, log, *timeout).await,
         };
         match ended {
             Ok(()) => return,
@@ -97,7 +144,7 @@ async fn keep(
 }
 
 /// Ends a request whose time is up, unless it has ended.
-async fn expire(streams: &Streams, log: &LogRef, timeout: Duration) -> Result<(), WriteError> {
+pub(super) async fn expire(streams: &Streams, log: &LogRef, timeout: Duration) -> Result<(), WriteError> {
     let mut writer = LogWriter::open(streams.log.clone(), log.clone()).await?;
     if writer.state().phase.is_terminal() {
         return Ok(());

@@ -12,19 +12,19 @@ use forebay_schemas::{
 };
 use forebay_streams::memory::streams;
 use futures::StreamExt;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 
-fn cancelled(body: &Body) -> bool {
+pub(crate) fn cancelled(body: &Body) -> bool {
     matches!(body, Body::RequestCancelled(cancelled) if cancelled.cause == "client disconnected")
 }
 
 /// Within how long a client's going must show in the log.
-const AT_ONCE: Duration = Duration::from_millis(200);
+pub(crate) const AT_ONCE: Duration = Duration::from_millis(200);
 
 #[tokio::test]
 async fn a_reader_that_goes_cancels_its_request() {
@@ -174,6 +174,27 @@ async fn stopping_does_not_wait_longer_than_the_grace() {
     let stopped = |body: &Body| matches!(body, Body::RequestCancelled(c) if c.cause == "gateway shut down");
     site.until(&log, stopped).await;
     site.stopped().await;
+}
+
+/// What is detached goes on without its gateway.
+#[tokio::test]
+async fn stopping_leaves_what_is_detached() {
+    let config = GatewayConfig { grace: Duration::from_millis(200), ..Default::default() };
+    let mut site = Site::with(streams(), config).await;
+    let mut events = Events::of(site.post(ask(json!({ "stream": true, "store": true }))).await);
+    let mut attempt = site.claim().await;
+    attempt.text("one ").await;
+    events.chunk().await;
+    site.stop();
+    let told = events.events().await;
+    assert!(told[0].data.contains("shutting_down") && told[0].id.is_none(), "{told:?}");
+    let (another, request) = (site.another().await, attempt.writer.log().request);
+    site.stopped().await;
+    attempt.text("two").await;
+    attempt.complete(FinishReason::Stop).await;
+    let answer: Value =
+        another.get(&format!("/v1/chat/completions/chatcmpl-{request}")).await.json().await.unwrap();
+    assert_eq!(answer["choices"][0]["message"]["content"], "one two");
 }
 
 fn raw(body: &str) -> String {

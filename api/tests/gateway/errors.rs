@@ -16,7 +16,12 @@ use forebay_streams::memory::{Limits, streams, streams_with};
 use serde_json::{Value, json};
 
 /// Checks an error's shape, and returns its message.
-async fn refused(response: reqwest::Response, status: u16, code: &str, param: Option<&str>) -> String {
+pub(crate) async fn refused(
+    response: reqwest::Response,
+    status: u16,
+    code: &str,
+    param: Option<&str>,
+) -> String {
     let retry =
         response.headers().get("retry-after").map(|value| value.to_str().unwrap().parse::<u32>().unwrap());
     assert_eq!(retry.is_some_and(|seconds| seconds >= 1), matches!(status, 429 | 503), "{status}");
@@ -130,16 +135,33 @@ async fn a_broken_model_breaks_alone() {
 }
 
 #[tokio::test]
-async fn a_full_queue_asks_to_come_back() {
-    let site =
-        Site::with(streams_with(Limits { queue_max: 0, ..Limits::default() }), GatewayConfig::default())
-            .await;
+async fn a_full_queue_asks_to_come_back_before_anything_is_accepted() {
+    let limits = Limits { queue_max: 1, ..Limits::default() };
+    let site = Site::with(streams_with(limits), GatewayConfig::default()).await;
+    let mut first = Events::of(site.post(ask(json!({ "stream": true }))).await);
+    // Room was there when it was asked about last: the queue itself refuses, and that is in the log.
     let response = site.post(ask(json!({ "stream": true }))).await;
     let log = site.log(id_of(&response));
     refused(response, 429, "queue_full", None).await;
     let events = site.streams.log.read(&log, 0).await.unwrap();
     let Body::RequestFailed(failed) = &events.last().unwrap().event.body else { panic!("a terminal event") };
     assert_eq!(failed.code, FailureCode::QueueUnavailable);
+    // From then on it is known.
+    let response = site.post(ask(json!({}))).await;
+    let request = id_of(&response);
+    refused(response, 429, "queue_full", None).await;
+    assert_eq!(site.streams.log.find(request).await.unwrap(), None);
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let response = site.post(ask(json!({}))).await;
+    assert_eq!(site.streams.log.find(id_of(&response)).await.unwrap(), None);
+    refused(response, 429, "queue_full", None).await;
+    // And again once there is room.
+    site.claim().await.complete(FinishReason::Stop).await;
+    first.rest().await;
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let worker = async { site.claim().await.complete(FinishReason::Stop).await };
+    let (response, ()) = tokio::join!(site.post(ask(json!({}))), worker);
+    assert_eq!(response.status(), 200);
 }
 
 #[tokio::test]

@@ -5,6 +5,8 @@ mod answers;
 mod endings;
 mod errors;
 mod flaky;
+mod keeping;
 mod operating;
+mod resuming;
 mod site;
 mod speed;

@@ -59,7 +59,43 @@ impl Site {
     }
 
     pub(crate) async fn post(&self, body: Value) -> reqwest::Response {
-        self.http.post(format!("{}/v1/chat/completions", self.url)).json(&body).send().await.unwrap()
+        self.post_to("/v1/chat/completions", &[], body).await
+    }
+
+    pub(crate) async fn post_to(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Value,
+    ) -> reqwest::Response {
+        let mut request = self.http.post(format!("{}{path}", self.url)).json(&body);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.send().await.unwrap()
+    }
+
+    pub(crate) async fn delete(&self, path: &str) -> reqwest::Response {
+        self.http.delete(format!("{}{path}", self.url)).send().await.unwrap()
+    }
+
+    /// The events of a request's stream, after one of them.
+    pub(crate) async fn resume(&self, request: RequestId, last: Option<&str>) -> Events {
+        let url = format!("{}/v1/chat/completions/chatcmpl-{request}?stream=true", self.url);
+        let mut get = self.http.get(url);
+        if let Some(last) = last {
+            get = get.header("last-event-id", last);
+        }
+        Events::of(get.send().await.unwrap())
+    }
+
+    /// A request that completes with these pieces.
+    pub(crate) async fn serve(&self, pieces: &[&str]) {
+        let mut attempt = self.claim().await;
+        for piece in pieces {
+            attempt.text(piece).await;
+        }
+        attempt.complete(FinishReason::Stop).await;
     }
 
     /// Tells the gateway to stop.
@@ -92,6 +128,12 @@ impl Site {
         };
         writer.append(Body::Claimed(claimed)).await.unwrap();
         Attempt { streams: self.streams.clone(), writer, ack_subject: delivery.ack_subject }
+    }
+
+    /// Another gateway on the same backend.
+    pub(crate) async fn another(&self) -> Site {
+        let config = GatewayConfig { gateway: GatewayConfig::default().gateway, ..self.config.clone() };
+        Site::with(self.streams.clone(), config).await
     }
 
     pub(crate) fn log(&self, request: RequestId) -> LogRef {
@@ -169,6 +211,33 @@ pub(crate) fn id_of(response: &reqwest::Response) -> RequestId {
     response.headers()["x-request-id"].to_str().unwrap().parse().unwrap()
 }
 
+/// One event of a stream.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Sse {
+    pub(crate) id: Option<String>,
+    pub(crate) event: Option<String>,
+    pub(crate) data: String,
+}
+
+impl Sse {
+    fn read(text: &str) -> Sse {
+        let mut sse = Sse::default();
+        for line in text.lines() {
+            match line.split_once(": ") {
+                Some(("id", id)) => sse.id = Some(id.into()),
+                Some(("event", event)) => sse.event = Some(event.into()),
+                Some(("data", data)) => sse.data = data.into(),
+                _ => sse.data = line.into(),
+            }
+        }
+        sse
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.data).unwrap_or_else(|_| panic!("no JSON: {self:?}"))
+    }
+}
+
 /// A stream's events as they come.
 pub(crate) struct Events {
     bytes: futures::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
@@ -183,17 +252,22 @@ impl Events {
     }
 
     /// The next event, or comment; none at the end of the body.
-    pub(crate) async fn next(&mut self) -> Option<String> {
+    pub(crate) async fn event(&mut self) -> Option<Sse> {
         loop {
             if let Some((event, rest)) = self.text.split_once("\n\n") {
-                let event = event.to_owned();
+                let event = Sse::read(event);
                 self.text = rest.to_owned();
-                return Some(event.strip_prefix("data: ").map_or(event.clone(), str::to_owned));
+                return Some(event);
             }
             let bytes =
                 tokio::time::timeout(PATIENCE, self.bytes.next()).await.expect("an event comes")?.unwrap();
             self.text.push_str(std::str::from_utf8(&bytes).unwrap());
         }
+    }
+
+    /// Its data.
+    pub(crate) async fn next(&mut self) -> Option<String> {
+        self.event().await.map(|event| event.data)
     }
 
     pub(crate) async fn chunk(&mut self) -> ChatChunk {
@@ -202,8 +276,13 @@ impl Events {
 
     /// All events that are left.
     pub(crate) async fn rest(&mut self) -> Vec<String> {
+        self.events().await.into_iter().map(|event| event.data).collect()
+    }
+
+    /// The same, whole.
+    pub(crate) async fn events(&mut self) -> Vec<Sse> {
         let mut events = Vec::new();
-        while let Some(event) = self.next().await {
+        while let Some(event) = self.event().await {
             events.push(event);
         }
         events

@@ -2,7 +2,7 @@
 
 use super::{
     http::{Load, Report, client_runtime, measure, words},
-    percentile,
+    median, percentile,
     processes::{Deployment, Used},
 };
 use anyhow::bail;
@@ -19,11 +19,14 @@ pub(crate) struct ControlArgs {
     /// Tokens that each concurrency generates in all.
     #[arg(long, default_value_t = 200_000, value_name = "N")]
     total: u64,
+    /// Compare with appends that are not fenced, instead.
+    #[arg(long)]
+    fence: bool,
 }
 
 impl Default for ControlArgs {
     fn default() -> Self {
-        ControlArgs { concurrency: vec![1, 8, 32, 128], tokens: 256, total: 200_000 }
+        ControlArgs { concurrency: vec![1, 8, 32, 128], tokens: 256, total: 200_000, fence: false }
     }
 }
 
@@ -31,6 +34,9 @@ impl Default for ControlArgs {
 const STEP_US: f64 = 5000.0;
 
 pub(crate) fn run(args: &ControlArgs) -> anyhow::Result<()> {
+    if args.fence {
+        return fence(args);
+    }
     println!("\n# Control plane (simulated engine, every token in the log, all processes on this machine)\n");
     added_latency(args)?;
     println!("an engine as fast as its tokens are taken, which then come several to an event:");
@@ -79,6 +85,35 @@ fn load(deployment: &Deployment, clients: usize, requests: u64, tokens: u32) -> 
         tokens,
         vocabulary: words(),
     }
+}
+
+/// Pairs of runs with and without the fence: see [`fence`].
+const FENCE_PAIRS: usize = 3;
+
+/// What compare-and-append costs: the same load with and without it, in turns.
+fn fence(args: &ControlArgs) -> anyhow::Result<()> {
+    println!("\n# The fence (simulated engine, step of 2 ms; with and without it in turns, medians)\n");
+    println!("{:>8} {:>14} {:>14} {:>7}", "clients", "fenced tok/s", "unfenced", "ratio");
+    let runtime = client_runtime()?;
+    for clients in &args.concurrency {
+        let mut rates = [Vec::new(), Vec::new()];
+        for _ in 0..FENCE_PAIRS {
+            for (index, fenced) in [(0, true), (1, false)] {
+                let mut arguments =
+                    vec!["--engine", "sim", "--prefill", "0", "--slots", "128", "--sim-step-us", "2000"];
+                if !fenced {
+                    arguments.push("--bench-no-fence");
+                }
+                let deployment = Deployment::start(&arguments)?;
+                let load = load(&deployment, *clients, 8, args.tokens);
+                runtime.block_on(measure(&Load { requests: 2, ..load.clone() }));
+                rates[index].push(runtime.block_on(measure(&load)).tokens_per_s());
+            }
+        }
+        let [fenced, unfenced] = rates.map(median);
+        println!("{clients:>8} {fenced:>14.0} {unfenced:>14.0} {:>7.3}", fenced / unfenced);
+    }
+    Ok(())
 }
 
 /// One client, and an engine that steps every few milliseconds: what is beyond the step is added.

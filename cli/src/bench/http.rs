@@ -68,13 +68,17 @@ impl Report {
     pub(super) const HEADER: &'static str =
         " clients  requests  failed   tokens/s  tokens/chunk   TTFT p50   TTFT p99    ITL p50    ITL p99";
 
+    pub(super) fn tokens_per_s(&self) -> f64 {
+        self.tokens as f64 / self.seconds
+    }
+
     pub(super) fn row(&self) -> String {
         format!(
             "{:>8} {:>9} {:>7} {:>10.1} {:>13.1} {:>7.2} ms {:>7.2} ms {:>7.3} ms {:>7.3} ms",
             self.clients,
             self.requests,
             self.failed,
-            self.tokens as f64 / self.seconds,
+            self.tokens_per_s(),
             self.tokens as f64 / self.chunks as f64,
             percentile(&self.ttft, 0.5),
             percentile(&self.ttft, 0.99),

@@ -20,6 +20,20 @@ pub struct ChatCompletion {
     pub choices: Vec<Choice>,
     /// Tokens counted.
     pub usage: TokenUsage,
+    /// What the client gave with a request that is stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<serde_json::Map<String, serde_json::Value>>,
+}
+
+/// The answer to `DELETE` of something stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deleted {
+    /// What was deleted.
+    pub id: String,
+    /// Its kind.
+    pub object: String,
+    /// Always.
+    pub deleted: bool,
 }
 
 /// The answer within a [`ChatCompletion`].

@@ -9,7 +9,8 @@ mod models;
 mod request;
 
 pub use answer::{
-    AssistantMessage, ChatChunk, ChatCompletion, Choice, ChunkChoice, Delta, PromptTokensDetails, TokenUsage,
+    AssistantMessage, ChatChunk, ChatCompletion, Choice, ChunkChoice, Deleted, Delta, PromptTokensDetails,
+    TokenUsage,
 };
 pub use error::{ErrorBody, ErrorEnvelope};
 pub use models::{ModelEntry, ModelList};

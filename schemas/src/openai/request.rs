@@ -1,5 +1,5 @@
-//! A chat completion request as clients send it. Fields that can change nothing here (`user`, `metadata`,
-//! `store`, `service_tier` …) are not listed and end up among the others. Fields that would change the answer and can't
+//! A chat completion request as clients send it. Fields that can change nothing here (`user`,
+//! `service_tier` …) are not listed and end up among the others. Fields that would change the answer and can't
 //! be honoured are listed as raw JSON, so that the gateway can refuse them by name.
 
 use serde::{Deserialize, Deserializer, Serialize, de};
@@ -46,6 +46,12 @@ pub struct ChatRequest {
     /// vLLM's extension: variables for the chat template, such as Qwen's `enable_thinking`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template_kwargs: Option<Map<String, Value>>,
+    /// Whether the answer can be asked for later; the request then goes on when its client leaves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store: Option<bool>,
+    /// Kept with a stored answer, and shown with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Map<String, Value>>,
     /// Answers to draw; only 1 is served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub n: Option<u32>,

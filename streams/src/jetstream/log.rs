@@ -33,7 +33,9 @@ impl EventLog for JetStream {
     async fn append(&self, log: &LogRef, after: u64, event: &Event) -> Result<u64, AppendError> {
         let payload = Bytes::from(wire::encode(event));
         let mut headers = HeaderMap::new();
-        headers.insert(names::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, after.to_string());
+        if self.limits.fence {
+            headers.insert(names::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, after.to_string());
+        }
         persist(log, || self.try_append(log, after, headers.clone(), payload.clone())).await
     }
 

@@ -87,6 +87,18 @@ impl Tasks for JetStream {
         Ok(Depth { pending: info.num_pending, ack_pending: info.num_ack_pending as u64 })
     }
 
+    async fn room(&self, role: Role) -> Result<u64, StreamError> {
+        let name = queue_stream(role);
+        let what = format!("reading the room in stream {name}");
+        let stream = self.context.get_stream(name).await.map_err(failed(&what))?;
+        let info = stream.cached_info();
+        // Not above 0: no bound.
+        Ok(match u64::try_from(info.config.max_messages) {
+            Ok(most @ 1..) => most.saturating_sub(info.state.messages),
+            _ => u64::MAX,
+        })
+    }
+
     async fn signal_cancel(&self, worker: &WorkerId, signal: &CancelSignal) -> Result<(), StreamError> {
         let payload = serde_json::to_vec(signal).expect("plain data always encodes");
         let what = format!("signalling worker {worker}");

@@ -50,6 +50,8 @@ pub struct Limits {
     pub max_deliver: u64,
     /// How long a worker's lease lasts after its last renewal.
     pub lease_time: Duration,
+    /// Whether appends are fenced. Without it nothing that Forebay promises holds: only to measure what the fence costs.
+    pub fence: bool,
 }
 
 impl Default for Limits {
@@ -62,6 +64,7 @@ impl Default for Limits {
             ack_wait: Duration::from_secs(30),
             max_deliver: 100,
             lease_time: Duration::from_millis(1500),
+            fence: true,
         }
     }
 }

@@ -373,6 +373,11 @@ impl Tasks for Link {
         self.world.streams.tasks.max_deliver()
     }
 
+    async fn room(&self, role: Role) -> Result<u64, StreamError> {
+        let backend = self.world.streams.tasks.clone();
+        self.carry("room", async move { backend.room(role).await }).await?
+    }
+
     async fn depth(&self, role: Role, model: &ModelKey) -> Result<Depth, StreamError> {
         let (backend, model) = (self.world.streams.tasks.clone(), model.clone());
         self.carry("depth", async move { backend.depth(role, &model).await }).await?

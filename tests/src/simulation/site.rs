@@ -108,6 +108,7 @@ impl Plan {
                 max_local_prefill_length: if chance(700) { 0 } else { below(100) as u32 },
                 chunk_tokens: between(4..=64) as u32,
                 kv_lease: between_ms(100..=1500),
+                attempts_max: 100,
                 prefill_patience: between_ms(500..=3000),
                 grace: between_ms(100..=3000),
                 socket_folder: PathBuf::from(folder),

@@ -64,6 +64,13 @@ pub trait Engine: Send {
     fn simulated_step(&self, _prompt_tokens: u32, _rows: u32) -> Duration {
         Duration::ZERO
     }
+
+    /// Logits of row number `row` of the last step (0 for a prefill), one for each token of the vocabulary. None, before
+    /// any step too, from an engine that draws by other means. A draw with a temperature overwrites those of its row:
+    /// whoever wants to see them draws greedily.
+    fn row_logits(&self, _row: usize) -> Option<&[f32]> {
+        None
+    }
 }
 
 /// One sequence's part in a decode step.

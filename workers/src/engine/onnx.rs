@@ -234,6 +234,10 @@ impl Engine for OnnxEngine {
         }
         Ok(())
     }
+
+    fn row_logits(&self, row: usize) -> Option<&[f32]> {
+        self.logits().chunks_exact(self.card.vocab as usize).nth(row)
+    }
 }
 
 fn card(checkpoint: &Checkpoint, options: &OnnxOptions) -> EngineCard {

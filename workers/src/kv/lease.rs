@@ -87,6 +87,12 @@ impl Leases {
         Word::unpack(self.words.load(slot as usize))
     }
 
+    /// Slots that are sealed and not released: somebody may still read them.
+    pub fn held(&self) -> u32 {
+        let held = |word: u64| matches!(Word::unpack(word), Word::Sealed(_) | Word::Claimed(_));
+        (0..self.words.count()).filter(|slot| held(self.words.load(*slot))).count() as u32
+    }
+
     /// Makes a slot readable for that long, in a new generation. Chunks that are sealed later are covered by the
     /// same lease: what is readable is what events say.
     pub fn seal(&self, slot: u32, lease: Duration) -> Sealed {
