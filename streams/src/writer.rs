@@ -22,7 +22,7 @@ const STALE_READ_PAUSE: Duration = Duration::from_millis(2);
 const STALE_READ_PAUSE_MAX: Duration = Duration::from_millis(250);
 
 /// How often a log that must be there is read before the answer is that nobody can tell.
-const STALE_READS_MAX: u32 = 200;
+const STALE_READS_MAX: u32 = 16;
 
 /// One author's hold on a log: what it knows of it, and where it would append.
 pub struct LogWriter {
@@ -183,14 +183,15 @@ impl LogWriter {
 
 /// The first event of a request's log, if it is this log and not one at another gateway.
 async fn first_event(backend: &dyn EventLog, log: &LogRef) -> Result<Option<Recorded>, StreamError> {
-    for _ in 0..STALE_READS_MAX {
+    for reads in 0..STALE_READS_MAX {
         if let Some(first) = backend.read(log, 0).await?.into_iter().next() {
             return Ok(Some(first));
         }
         if backend.find(log.request).await?.is_some_and(|found| found != *log) {
             return Ok(None);
         }
-        tokio::time::sleep(STALE_READ_PAUSE).await;
+        let pause = STALE_READ_PAUSE * 2_u32.pow(reads.min(10));
+        tokio::time::sleep(pause.min(STALE_READ_PAUSE_MAX)).await;
     }
     Err(StreamError::new(
         format!("reading the log of {log}"),
