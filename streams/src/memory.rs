@@ -28,7 +28,7 @@ use tokio::{
 };
 
 /// Live events and signals that wait for each reader; a reader that is slower loses some, as over NATS.
-const LIVE_MAX: usize = 2048;
+const LIVE_MAX: usize = 1024;
 
 /// What acknowledgement subjects begin with; the number of the delivery follows.
 const ACK: &str = "memory.ack.";

@@ -21,6 +21,9 @@ const STALE_READ_PAUSE: Duration = Duration::from_millis(2);
 /// The longest such pause.
 const STALE_READ_PAUSE_MAX: Duration = Duration::from_millis(250);
 
+/// How often a log that must be there is read before the answer is that nobody can tell.
+const STALE_READS_MAX: u32 = 16;
+
 /// One author's hold on a log: what it knows of it, and where it would append.
 pub struct LogWriter {
     backend: Arc<dyn EventLog>,
@@ -77,9 +80,8 @@ impl LogWriter {
         let seq = match backend.begin(&log, &event).await {
             // Perhaps with its own append, whose answer was lost.
             Err(conflict @ AppendError::Conflict { .. }) => {
-                let recorded = backend.read(&log, 0).await?;
-                let own = recorded.first().filter(|first| first.event == event);
-                own.ok_or(conflict)?.seq
+                let first = first_event(&*backend, &log).await?;
+                first.filter(|first| first.event == event).ok_or(conflict)?.seq
             }
             other => other?,
         };
@@ -137,7 +139,7 @@ impl LogWriter {
                     let news = self.catch_up().await?;
                     // An append whose answer was lost conflicts with itself when it is repeated.
                     if news.iter().any(|recorded| recorded.event == event) {
-                        return Ok(());
+                        return self.still_current(&event);
                     }
                     if news.is_empty() {
                         let pause = STALE_READ_PAUSE * 2_u32.pow(conflicts.min(10));
@@ -154,6 +156,17 @@ impl LogWriter {
         Err(AppendError::Conflict { log: self.log.clone(), after: self.seq }.into())
     }
 
+    /// An own event that was only found by reading may have been followed by a newer claim. To go on would be to work
+    /// under another author's attempt.
+    fn still_current(&self, event: &Event) -> Result<(), WriteError> {
+        if self.state.attempt == event.attempt {
+            return Ok(());
+        }
+        let (found, expected) = (event.attempt, self.state.attempt);
+        let illegal = Illegal::Attempt { event: event.body.name(), found, expected };
+        Err(WriteError::Overtaken { log: self.log.clone(), illegal })
+    }
+
     /// Reads what others appended.
     pub async fn catch_up(&mut self) -> Result<Vec<Recorded>, WriteError> {
         let news = self.backend.read(&self.log, self.seq).await?;
@@ -166,4 +179,22 @@ impl LogWriter {
     fn corrupt(&self, illegal: &Illegal) -> WriteError {
         WriteError::Corrupt { log: self.log.clone(), problem: illegal.to_string() }
     }
+}
+
+/// The first event of a request's log, if it is this log and not one at another gateway.
+async fn first_event(backend: &dyn EventLog, log: &LogRef) -> Result<Option<Recorded>, StreamError> {
+    for reads in 0..STALE_READS_MAX {
+        if let Some(first) = backend.read(log, 0).await?.into_iter().next() {
+            return Ok(Some(first));
+        }
+        if backend.find(log.request).await?.is_some_and(|found| found != *log) {
+            return Ok(None);
+        }
+        let pause = STALE_READ_PAUSE * 2_u32.pow(reads.min(10));
+        tokio::time::sleep(pause.min(STALE_READ_PAUSE_MAX)).await;
+    }
+    Err(StreamError::new(
+        format!("reading the log of {log}"),
+        "it was begun, and no server that answers has it",
+    ))
 }

@@ -1,5 +1,6 @@
 //! What end-to-end tests are made of: a [`Deployment`] of real processes around a nats-server of its own, a
 //! [`client`] that reads what any client would, and the [`invariants`] that every log must keep, whatever died.
+//! In [`simulation`] the same code runs on one thread and a virtual clock, thousands of times.
 
 pub mod chaos;
 pub mod client;

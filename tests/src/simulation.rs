@@ -8,18 +8,21 @@ mod chance;
 mod checks;
 mod client;
 mod many;
+mod mutation;
 mod network;
+mod panics;
 mod site;
 mod weather;
 mod world;
 
 pub use many::{Report, replay, run_many};
+pub use mutation::Mutation;
 
 use chance::{between, between_ms};
-use checks::Violation;
+use checks::{Logs, Violation};
 use client::Read;
-use forebay_schemas::ids::fnv1a;
-use forebay_streams::{environment, memory};
+use forebay_schemas::{event::Body, ids::fnv1a, wire};
+use forebay_streams::{environment, log::Recorded, memory};
 use site::Site;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::{task::JoinSet, time::sleep};
@@ -46,34 +49,45 @@ pub struct Outcome {
     pub faults: BTreeMap<&'static str, u64>,
     /// Requests made.
     pub requests: u64,
-    /// Events in all logs.
-    pub events: u64,
+    /// Events in all logs, by kind.
+    pub events: BTreeMap<String, u64>,
     /// Virtual time that it took.
     pub lasted: Duration,
     /// Of all logs and answers: equal for equal runs.
     pub digest: u64,
-    /// All logs, in words.
+    /// All logs, in words, if something was violated or is to be traced.
     pub logs: String,
     /// All that happened, if it was to be traced.
     pub trace: Vec<String>,
 }
 
+/// How a seed is run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Whether all that happens is to be told.
+    pub traced: bool,
+    /// What is broken on purpose.
+    pub mutation: Mutation,
+}
+
 /// Runs a seed.
-pub fn run(seed: u64, traced: bool) -> Outcome {
+pub fn run(seed: u64, options: Options) -> Outcome {
+    panics::watch();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
         .expect("a runtime without I/O needs nothing");
     let simulation = runtime.block_on(async { environment::simulate(seed, BEGAN_US) });
-    let outcome = runtime.block_on(simulated(seed, traced));
+    let mut outcome = runtime.block_on(simulated(seed, options));
     // What is left of the processes still belongs to the simulation.
     drop(runtime);
     drop(simulation);
+    outcome.violations.extend(panics::take());
     outcome
 }
 
-async fn simulated(seed: u64, traced: bool) -> Outcome {
+async fn simulated(seed: u64, options: Options) -> Outcome {
     let limits = memory::Limits {
         queue_max: if chance::chance(100) { 2 } else { 4096 },
         ack_wait: between_ms(600..=3000),
@@ -85,7 +99,7 @@ async fn simulated(seed: u64, traced: bool) -> Outcome {
     let storm = between_ms(2000..=12_000);
     let clients: Vec<client::Plan> = (0..between(2..=10)).map(|_| client::Plan::draw(storm)).collect();
     let requests = clients.len() as u64;
-    let world = Arc::new(World::new(memory::streams_with(limits.clone()), weather, traced));
+    let world = Arc::new(World::new(memory::streams_with(limits.clone()), weather, options));
     world.trace(|| format!("{limits:?}\n{:?}\n{plan:?}", world.weather));
     let site = Site::start(world.clone(), plan).await;
     let mut reading = JoinSet::new();
@@ -96,30 +110,66 @@ async fn simulated(seed: u64, traced: bool) -> Outcome {
     let (reads, mut violations) = settle(&site, reading).await;
     let logs = checks::logs(&site).await;
     violations.extend(checks::violations(&site, &logs, &reads));
-    let lines = logs.iter().flat_map(|(log, events)| {
-        events.iter().map(move |recorded| {
-            format!("{log} {} {}: {:?}\n", recorded.seq, recorded.event.attempt, recorded.event.body)
-        })
-    });
-    let text = lines.chain(reads.iter().map(|read| format!("{read:?}\n"))).collect::<String>();
+    let told = options.traced || !violations.is_empty();
     let faults = world.record().faults.clone();
     Outcome {
         seed,
         violations,
         faults,
         requests,
-        events: logs.values().map(|events| events.len() as u64).sum(),
+        events: events(&logs),
         lasted: world.elapsed(),
-        digest: fnv1a(text.as_bytes()) ^ world.elapsed().as_micros() as u64,
-        logs: text,
+        digest: digest(&logs, &reads) ^ world.elapsed().as_micros() as u64,
+        logs: if told { in_words(&logs, &reads) } else { String::new() },
         trace: world.take_trace(),
     }
+}
+
+/// Events by kind; those that tell of a failure by that too.
+fn events(logs: &Logs) -> BTreeMap<String, u64> {
+    let mut events = BTreeMap::new();
+    for recorded in logs.values().flatten() {
+        let body = &recorded.event.body;
+        let why = match body {
+            Body::KvLost(lost) => {
+                let words = lost.reason.split([' ', ':']);
+                // Without names and numbers.
+                let words = words.filter(|word| word.bytes().all(|b| b.is_ascii_alphabetic() || b == b'\''));
+                words.take(6).collect::<Vec<_>>().join(" ")
+            }
+            Body::RequestFailed(failed) => format!("{:?}", failed.code),
+            Body::Claimed(_) if recorded.event.attempt > 1 => "again".to_owned(),
+            _ => String::new(),
+        };
+        *events.entry(format!("{} {why}", body.name())).or_default() += 1;
+    }
+    events
+}
+
+fn digest(logs: &Logs, reads: &[Read]) -> u64 {
+    let mut bytes = Vec::new();
+    for recorded in logs.values().flatten() {
+        bytes.extend_from_slice(&recorded.seq.to_le_bytes());
+        bytes.extend(wire::encode(&recorded.event));
+    }
+    reads.iter().for_each(|read| bytes.extend(format!("{:?}", read.answer).bytes()));
+    fnv1a(&bytes)
+}
+
+fn in_words(logs: &Logs, reads: &[Read]) -> String {
+    let lines = logs.iter().flat_map(|(log, events)| {
+        events.iter().map(move |Recorded { seq, event }| {
+            format!("{log} {seq} {} of {}: {:?}\n", event.time_us - BEGAN_US, event.attempt, event.body)
+        })
+    });
+    lines.chain(reads.iter().map(|read| format!("{:?}: {:?}\n", read.ending, read.answer))).collect()
 }
 
 async fn ask(site: Arc<Site>, plan: client::Plan) -> Read {
     sleep(plan.begin).await;
     let gateway = site.any_gateway().await;
-    let read = plan.ask(&gateway).await;
+    let mut read = plan.ask(&gateway).await;
+    read.ended = Some(tokio::time::Instant::now());
     site.world.trace(|| format!("client: {read:?}"));
     read
 }

@@ -37,6 +37,9 @@ use tokio_util::sync::CancellationToken;
 /// Pause after a pull that failed.
 const PULL_PAUSE: Duration = Duration::from_millis(500);
 
+/// How often a worker that stops looks whether its pulls are over.
+const PULLS_POLL: Duration = Duration::from_millis(10);
+
 /// Deliveries after which a task whose log can't be found is dropped: the log has expired or was removed, or was never
 /// begun.
 pub(crate) const NO_LOG_TRIES: u64 = 8;
@@ -257,8 +260,10 @@ impl Worker {
     /// Waits until nothing more can be delivered to a worker that was told to stop.
     pub(crate) async fn pulls_over(&self) {
         self.stop.cancelled().await;
-        // The sender lives as long as the worker.
-        let _ = self.pulling.subscribe().wait_for(|pulls| *pulls == 0).await;
+        // A watch would wake its waiters in random order, and a simulation not repeat itself.
+        while *self.pulling.borrow() > 0 {
+            tokio::time::sleep(PULLS_POLL).await;
+        }
     }
 
     /// How long one pull waits at the server. The pulls of a worker that hangs must be over before its tasks are

@@ -47,7 +47,7 @@ enum Report<T> {
 pub async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let done = if !is_simulated() {
         tokio::task::spawn_blocking(work).await
-    } else if random() % INTERRUPTED == 0 {
+    } else if random().is_multiple_of(INTERRUPTED) {
         // A task, since such work goes on when nobody waits for it any more.
         spawn(interrupted(work)).await
     } else {
@@ -78,7 +78,7 @@ async fn interrupted<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
     let clock = tokio::runtime::Handle::current();
     let run = move || {
         let _clock = clock.enter();
-        take_turns(mine, report, work);
+        take_turns(mine, &report, work);
     };
     std::thread::Builder::new().name("off-thread".into()).spawn(run).expect("a thread can be started");
     loop {
@@ -90,14 +90,14 @@ async fn interrupted<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
                 return done.unwrap_or_else(|panic| resume_unwind(panic));
             }
         }
-        let longest = if random() % LONG == 0 { LONG_MS } else { SHORT_MS };
+        let longest = if random().is_multiple_of(LONG) { LONG_MS } else { SHORT_MS };
         tokio::time::sleep(Duration::from_millis(random() % longest)).await;
     }
 }
 
 fn take_turns<T: Send + 'static>(
     mine: Receiver<Simulated>,
-    report: Sender<Report<T>>,
+    report: &Sender<Report<T>>,
     work: impl FnOnce() -> T,
 ) {
     let Ok(state) = mine.recv() else { return };

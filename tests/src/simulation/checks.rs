@@ -19,7 +19,11 @@ use forebay_workers::{
     engine::{Draw, Engine, Row},
     output::OutputText,
 };
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
+
+/// How long after the end of a log, in calm, its reader may have to wait: the longest silence without a probe, doubled
+/// for one that began before, and the pauses of a slow client.
+const TOLD_MAX: Duration = Duration::from_secs(16);
 
 /// A promise that was not kept, in words.
 pub(super) type Violation = String;
@@ -55,6 +59,12 @@ pub(super) async fn unfinished(site: &Site, logs: &Logs) -> Option<Violation> {
         }
     }
     let workers = site.world.streams.registry.workers().await.expect("memory answers").borrow().clone();
+    for gateway in site.gateways() {
+        let held = gateway.held().await;
+        if held != (0, 0) {
+            return Some(format!("5: {held:?} requests are admitted, and logs followed, at an idle gateway"));
+        }
+    }
     let held = workers.values().find(|worker| worker.free_slots != worker.slots);
     if let Some(held) = held {
         return Some(format!("5: {} holds {} slots", held.worker, held.slots - held.free_slots));
@@ -94,6 +104,7 @@ pub(super) fn violations(site: &Site, logs: &Logs, reads: &[Read]) -> Vec<Violat
             }
             continue;
         };
+        found.extend(late(site, logs_of(logs, state), read));
         // Who left, was cut off, or was told of an error has a part of it.
         let problem = match read.ending {
             Ending::Whole if answer.status == 200 && answer.error.is_none() => match answer.finish {
@@ -106,6 +117,19 @@ pub(super) fn violations(site: &Site, logs: &Logs, reads: &[Read]) -> Vec<Violat
         found.extend(problem.map(|problem| format!("{}: {problem}", answer.request)));
     }
     found
+}
+
+fn logs_of<'a>(logs: &'a Logs, state: &Lifecycle) -> &'a [Recorded] {
+    logs.iter().find(|(log, _)| log.request == state.request).map_or(&[], |(_, events)| events)
+}
+
+/// 2, in time: once a log has ended and it is calm, its reader is told soon.
+fn late(site: &Site, events: &[Recorded], read: &Read) -> Option<Violation> {
+    let record = site.world.record();
+    let stored = record.stored.get(&events.last()?.seq)?.0.max(record.calm?);
+    let took = read.ended?.saturating_duration_since(stored);
+    let request = read.answer.as_ref()?.request;
+    (took > TOLD_MAX).then(|| format!("{request}: 2: the reader was told {took:?} after the end"))
 }
 
 /// 3, by who really appended: work on an attempt is stored by the process that claimed it.

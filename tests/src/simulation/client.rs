@@ -14,7 +14,10 @@ use forebay_schemas::{
 use futures::StreamExt;
 use serde_json::{Value, json};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 use tower::ServiceExt;
 
 /// The name of the one model.
@@ -48,6 +51,8 @@ pub(super) enum Ending {
 pub(super) struct Read {
     pub(super) answer: Option<Answer>,
     pub(super) ending: Ending,
+    /// When.
+    pub(super) ended: Option<Instant>,
 }
 
 impl Plan {
@@ -126,7 +131,7 @@ impl Plan {
             () = read => Ending::Whole,
             () = leaves => Ending::Left,
         };
-        Read { answer, ending }
+        Read { answer, ending, ended: None }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Many seeds, on some threads.
 
-use super::{Outcome, run};
+use super::{Options, Outcome, run};
 use std::{
     collections::BTreeMap,
     fmt,
@@ -22,8 +22,8 @@ pub struct Report {
     pub seeds: u64,
     /// Requests made.
     pub requests: u64,
-    /// Events in all logs.
-    pub events: u64,
+    /// Events in all logs, by kind.
+    pub events: BTreeMap<String, u64>,
     /// Faults by kind.
     pub faults: BTreeMap<&'static str, u64>,
     /// Every seed that failed.
@@ -40,7 +40,7 @@ impl Report {
         Report {
             seeds: 0,
             requests: 0,
-            events: 0,
+            events: BTreeMap::new(),
             faults: BTreeMap::new(),
             failing: Vec::new(),
             failed: Vec::new(),
@@ -52,10 +52,12 @@ impl Report {
     fn add(&mut self, outcome: Outcome) {
         self.seeds += 1;
         self.requests += outcome.requests;
-        self.events += outcome.events;
         self.lasted += outcome.lasted;
         for (fault, count) in &outcome.faults {
             *self.faults.entry(fault).or_default() += count;
+        }
+        for (kind, count) in &outcome.events {
+            *self.events.entry(kind.clone()).or_default() += count;
         }
         if !outcome.violations.is_empty() {
             self.failing.push(outcome.seed);
@@ -75,7 +77,7 @@ impl fmt::Display for Report {
             self.seeds,
             self.seeds as f64 / minutes,
             self.requests,
-            self.events,
+            self.events.values().sum::<u64>(),
             self.faults.values().sum::<u64>(),
             self.lasted.as_secs_f64() / 3600.0,
             self.failing,
@@ -87,6 +89,7 @@ impl fmt::Display for Report {
 pub fn run_many(
     seeds: Range<u64>,
     threads: u64,
+    options: Options,
     every: Duration,
     progress: impl Fn(&Report) + Sync,
 ) -> Report {
@@ -98,7 +101,7 @@ pub fn run_many(
             if seed >= seeds.end {
                 return;
             }
-            let outcome = run(seed, false);
+            let outcome = run(seed, options);
             let mut report = report.lock().expect("no panics while held");
             report.0.add(outcome);
             if report.1.elapsed() >= every {

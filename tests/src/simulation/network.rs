@@ -1,6 +1,7 @@
 //! What lies between a simulated process and the backend: latency, loss, partitions, replicas that lag.
 
 use super::{
+    Mutation,
     chance::{below, chance},
     world::{Way, World},
 };
@@ -232,8 +233,14 @@ impl Link {
 impl EventLog for Link {
     async fn append(&self, log: &LogRef, after: u64, event: &Event) -> Result<u64, AppendError> {
         persist(log, || {
-            let (backend, to, what) = (self.world.streams.log.clone(), log.clone(), event.clone());
-            self.try_append(log, event, async move { backend.append(&to, after, &what).await })
+            let (world, to, what) = (self.world.clone(), log.clone(), event.clone());
+            self.try_append(log, event, async move {
+                let after = match world.mutation {
+                    Mutation::Fence => world.streams.log.last_seq(&to).await?,
+                    _ => after,
+                };
+                world.streams.log.append(&to, after, &what).await
+            })
         })
         .await
     }
@@ -262,6 +269,9 @@ impl EventLog for Link {
     }
 
     async fn last_seq(&self, log: &LogRef) -> Result<u64, StreamError> {
+        if self.world.mutation == Mutation::Probe {
+            return Ok(0);
+        }
         let (link, log) = (self.clone(), log.clone());
         let read = async move {
             let events = link.world.streams.log.read(&log, 0).await?;

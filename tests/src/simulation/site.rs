@@ -8,6 +8,7 @@ use super::{
     weather::Trouble,
     world::World,
 };
+use axum::{body::Body, http::Request};
 use forebay_api::{Gateway, GatewayConfig};
 use forebay_schemas::{card::ModelCard, ids::GatewayId, task::Role};
 use forebay_streams::environment::{self, Condition, Process};
@@ -29,6 +30,7 @@ use std::{
 };
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
 
 /// Tokenizer and template, read once for all seeds.
 static TEXT: LazyLock<ModelText> = LazyLock::new(|| {
@@ -60,6 +62,18 @@ struct Life {
 pub(super) struct RunningGateway {
     pub(super) process: Process,
     pub(super) gateway: Gateway,
+}
+
+impl RunningGateway {
+    /// Requests admitted, and logs followed.
+    pub(super) async fn held(&self) -> (u64, u64) {
+        let request = Request::get("/health").body(Body::empty()).expect("a request");
+        let response = self.gateway.router().oneshot(request).await.unwrap_or_else(|never| match never {});
+        let body = axum::body::to_bytes(response.into_body(), 1 << 16).await.expect("a body");
+        let health: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+        let count = |name: &str| health[name].as_u64().expect("a number");
+        (count("requests_in_flight"), count("followed_logs"))
+    }
 }
 
 /// See the [module](self).

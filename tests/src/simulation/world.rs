@@ -1,6 +1,6 @@
 //! What all simulated processes share: the true backend, the weather, and a record of what happened.
 
-use super::{network::Link, weather::Weather};
+use super::{Mutation, Options, network::Link, weather::Weather};
 use forebay_schemas::ids::WorkerId;
 use forebay_streams::{Streams, environment::Process, log::LogRef};
 use std::{
@@ -45,6 +45,7 @@ pub(super) struct World {
     /// The backend as it is, without a network before it.
     pub(super) streams: Streams,
     pub(super) weather: Weather,
+    pub(super) mutation: Mutation,
     /// Whether anybody reaches the backend.
     pub(super) backend: Way,
     calm: AtomicBool,
@@ -61,6 +62,8 @@ pub(super) struct Record {
     pub(super) stored: BTreeMap<u64, (Instant, Arc<str>)>,
     /// Logs that were begun, or may have been, and by which gateway's process.
     pub(super) logs: BTreeMap<LogRef, Process>,
+    /// When it was calm.
+    pub(super) calm: Option<Instant>,
     /// Whose process a worker is.
     pub(super) workers: BTreeMap<WorkerId, Link>,
     /// All that happened, in words, if anybody wants to know.
@@ -68,14 +71,15 @@ pub(super) struct Record {
 }
 
 impl World {
-    pub(super) fn new(streams: Streams, weather: Weather, traced: bool) -> World {
+    pub(super) fn new(streams: Streams, weather: Weather, options: Options) -> World {
         World {
             streams,
             weather,
+            mutation: options.mutation,
             backend: Way::default(),
             calm: AtomicBool::new(false),
             began: Instant::now(),
-            record: Mutex::new(Record { trace: traced.then(Vec::new), ..Record::default() }),
+            record: Mutex::new(Record { trace: options.traced.then(Vec::new), ..Record::default() }),
         }
     }
 
@@ -90,6 +94,7 @@ impl World {
 
     pub(super) fn calm_down(&self) {
         self.calm.store(true, Ordering::Relaxed);
+        self.record().calm = Some(Instant::now());
         self.trace(|| "calm".to_owned());
     }
 

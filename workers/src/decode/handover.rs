@@ -13,8 +13,14 @@ use forebay_schemas::{
     task::Role,
 };
 use forebay_streams::{environment::off_thread, registry::Workers, writer::LogWriter};
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 use tokio::sync::mpsc;
+
+/// How often a sequence that is to leave looks for a place.
+const SUCCESSOR_POLL: Duration = Duration::from_millis(20);
 
 /// Why a sequence is to leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,17 +67,14 @@ impl Worker {
     pub(crate) async fn leave_now(&self) -> Leave {
         // Or this worker itself might be given what it gives away.
         self.pulls_over().await;
-        let mut workers = self.workers.clone();
         let successor = async {
             loop {
-                let now = workers.borrow_and_update().clone();
+                let now = self.workers.borrow().clone();
                 if self.places.lock().expect("no panics while held").take(&now, self) {
                     return;
                 }
-                if workers.changed().await.is_err() {
-                    // No news any more: there is nobody to hand over to.
-                    std::future::pending::<()>().await;
-                }
+                // Not woken by news: that happens in random order, and a simulation would not repeat itself.
+                tokio::time::sleep(SUCCESSOR_POLL).await;
             }
         };
         tokio::select! {

@@ -212,7 +212,7 @@ impl Engine for SimEngine {
         }
         let drawn = environment::random();
         let factor = 0.5 + (drawn >> 32) as f64 / f64::from(u32::MAX);
-        let stall = if drawn % STALL_EVERY == 0 { STALL_STEPS } else { 1.0 };
+        let stall = if drawn.is_multiple_of(STALL_EVERY) { STALL_STEPS } else { 1.0 };
         Duration::from_secs_f64(us * factor * stall * 1e-6)
     }
 }

@@ -13,8 +13,11 @@ use tokio::time::Instant;
 /// The longest that a read may take after its lease has ended.
 pub(super) const LONGEST_READ: Duration = Duration::from_secs(5);
 
-/// How often an owner that waits looks at a word.
+/// How often an owner that waits looks at a word, at first ...
 const POLL: Duration = Duration::from_millis(1);
+
+/// ... and at last: it looks less often the longer it has waited.
+const POLL_MAX: Duration = Duration::from_millis(16);
 
 /// What a slot's word says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +140,7 @@ impl Sealed {
 
     /// Waits until the slot may be reused. True if a reader released it, false if time ran out.
     pub async fn over(&self) -> bool {
+        let begun = Instant::now();
         loop {
             match self.leases.word(self.slot) {
                 Word::Released(_) => return true,
@@ -151,7 +155,7 @@ impl Sealed {
                 }
                 _ => {}
             }
-            tokio::time::sleep(POLL).await;
+            tokio::time::sleep((begun.elapsed() / 8).clamp(POLL, POLL_MAX)).await;
         }
     }
 }
