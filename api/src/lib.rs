@@ -16,6 +16,7 @@ mod identity;
 mod meters;
 mod models;
 mod query;
+mod responses;
 mod room;
 mod router;
 mod running;
