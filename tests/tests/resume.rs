@@ -47,7 +47,7 @@ async fn a_stream_outlives_one_gateway_after_the_other() {
 /// Wherever it is cut, the rest is the rest.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_streams_are_cut_and_taken_up_elsewhere() {
-    let deployment = simulating().await;
+    let mut deployment = simulating().await;
     deployment.simulate(Duration::from_millis(3));
     let _decode = deployment.decode().await;
     let (one, two) = tokio::join!(deployment.gateway(&[]), deployment.gateway(&[]));
@@ -184,7 +184,7 @@ async fn another_gateway_keeps_the_deadline_of_a_dead_one() {
 /// A full queue refuses before anything is accepted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_queue_asks_to_come_back() {
-    let deployment = simulating().await;
+    let mut deployment = simulating().await;
     deployment.set("FOREBAY_QUEUE_MAX", "3");
     let mut decode = deployment.decode().await;
     decode.terminate();
