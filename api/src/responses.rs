@@ -75,8 +75,11 @@ async fn respond(gateway: &Arc<Shared>, id: &mut RequestId, http: Request) -> Re
         return Ok(stored::stream(running, None));
     }
     if background {
-        // One that was sent before under the same key may be further on.
-        let known = Opened::find(gateway, *id).await.ok().flatten();
+        // One that was sent before under the same key is further on.
+        let known = match running.began_here() {
+            true => None,
+            false => Opened::find(gateway, *id).await?,
+        };
         let state = known.as_ref().map_or(running.state(), |known| &known.state);
         return Ok(Json(object(state)).into_response());
     }

@@ -205,6 +205,11 @@ impl Running {
         }
     }
 
+    /// Whether this is how the request began, not a later reading of it.
+    pub(crate) fn began_here(&self) -> bool {
+        self.keeper.is_some()
+    }
+
     /// The request as far as it was read.
     pub(crate) fn state(&self) -> &Lifecycle {
         &self.state

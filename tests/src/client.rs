@@ -121,7 +121,9 @@ impl Client {
 
     /// Goes on with a stream that broke off elsewhere, and with what was read of it.
     pub async fn resume(&self, broken: &Streaming) -> Streaming {
-        let answer = broken.answer.clone();
+        // An error that the log does not know was the last word of a gateway, not of the request.
+        let answer = Answer { error: None, ..broken.answer.clone() };
+        let done = broken.done && broken.answer.error.is_none();
         let url = format!("{}/v1/chat/completions/chatcmpl-{}?stream=true", self.url, answer.request);
         let mut request = self.http.get(url);
         if let Some(id) = &broken.last_id {
@@ -130,7 +132,7 @@ impl Client {
         let response = request.send().await.expect("the gateway answers");
         assert_eq!(response.status(), 200, "{}", response.text().await.unwrap_or_default());
         assert_eq!(request_of(&response), answer.request);
-        Streaming { response, unread: Vec::new(), answer, done: broken.done, last_id: broken.last_id.clone() }
+        Streaming { response, unread: Vec::new(), answer, done, last_id: broken.last_id.clone() }
     }
 
     /// Sends any body, and returns the status and the error.

@@ -1,6 +1,6 @@
 //! A client that lost its stream, or its gateway, gets the rest at another one. Workers simulate.
 
-use forebay_schemas::{event::Body, lifecycle::Phase, task::Role};
+use forebay_schemas::{lifecycle::Phase, task::Role};
 use forebay_tests::{Chat, Deployment, soon};
 use rustix::process::Signal;
 use serde_json::json;
@@ -179,35 +179,4 @@ async fn another_gateway_keeps_the_deadline_of_a_dead_one() {
     assert_eq!(answer.error.as_ref().expect("an error")["code"], "deadline_exceeded");
     let state = deployment.check(&answer).await;
     assert!(matches!(state.phase, Phase::Failed));
-}
-
-/// A full queue refuses before anything is accepted.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_queue_asks_to_come_back() {
-    let mut deployment = simulating().await;
-    deployment.set("FOREBAY_QUEUE_MAX", "3");
-    let mut decode = deployment.decode().await;
-    decode.terminate();
-    assert!(decode.process.ended().await.success());
-    let gateway = deployment.gateway(&[]).await;
-    let mut waiting = Vec::new();
-    for seed in 0..3 {
-        waiting.push(gateway.client.stream(&chat().tokens(5).seed(seed)).await);
-    }
-    tokio::time::sleep(Duration::from_millis(1500)).await;
-    for _ in 0..3 {
-        let refused = gateway.client.ask(&chat()).await;
-        assert_eq!((refused.status, &refused.error.expect("an error")["code"]), (429, &json!("queue_full")));
-        assert_eq!(deployment.events(refused.request).await, []);
-    }
-    let _decode = deployment.decode().await;
-    for stream in waiting {
-        let state = deployment.check(&stream.rest().await).await;
-        assert_eq!(state.phase, Phase::Completed);
-    }
-    deployment.queue_empty(Role::Decode).await;
-    tokio::time::sleep(Duration::from_millis(1500)).await;
-    let answer = gateway.client.ask(&chat().tokens(5)).await;
-    let events = deployment.events(answer.request).await;
-    assert!(events.iter().any(|recorded| matches!(recorded.event.body, Body::RequestCompleted(_))));
 }

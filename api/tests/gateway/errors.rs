@@ -2,7 +2,7 @@
 
 use crate::{
     flaky,
-    site::{Attempt, Events, Site, ask, card, id_of},
+    site::{Attempt, Events, Site, ask, card, id_of, over},
 };
 use forebay_api::GatewayConfig;
 use forebay_schemas::{
@@ -12,7 +12,11 @@ use forebay_schemas::{
     openai::ErrorEnvelope,
     task::Role,
 };
-use forebay_streams::memory::{Limits, streams, streams_with};
+use forebay_streams::{
+    jetstream,
+    memory::{Limits, streams, streams_with},
+    server::Server,
+};
 use serde_json::{Value, json};
 
 /// Checks an error's shape, and returns its message.
@@ -135,9 +139,20 @@ async fn a_broken_model_breaks_alone() {
 }
 
 #[tokio::test]
-async fn a_full_queue_asks_to_come_back_before_anything_is_accepted() {
+async fn a_full_queue_asks_to_come_back() {
     let limits = Limits { queue_max: 1, ..Limits::default() };
-    let site = Site::with(streams_with(limits), GatewayConfig::default()).await;
+    is_known_to_be_full(Site::with(streams_with(limits), GatewayConfig::default()).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_queue_asks_to_come_back_over_nats() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(None, folder.path(), 0).unwrap();
+    is_known_to_be_full(over(&server, jetstream::Limits { queue_max: 1, ..Default::default() }).await).await;
+}
+
+/// With a queue of one task.
+async fn is_known_to_be_full(site: Site) {
     let mut first = Events::of(site.post(ask(json!({ "stream": true }))).await);
     // Room was there when it was asked about last: the queue itself refuses, and that is in the log.
     let response = site.post(ask(json!({ "stream": true }))).await;

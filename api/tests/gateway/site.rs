@@ -10,8 +10,9 @@ use forebay_schemas::{
     task::{DecodeTask, Role, Task},
 };
 use forebay_streams::{
-    Streams,
+    Streams, jetstream,
     log::{LogRef, Recorded},
+    server::Server,
     tasks::{Delivery, Verdict},
     writer::LogWriter,
 };
@@ -153,6 +154,20 @@ impl Site {
         };
         tokio::time::timeout(PATIENCE, look).await.expect("the event comes")
     }
+}
+
+/// A gateway over a real server.
+pub(crate) async fn over(server: &Server, limits: jetstream::Limits) -> Site {
+    let options = jetstream::Options {
+        url: server.url(),
+        name: "gateway-test".into(),
+        inbox_prefix: "_INBOX.gateway-test".into(),
+        credentials: None,
+        limits,
+    };
+    let streams = jetstream::connect(options).await.unwrap();
+    streams.tasks.ensure(&ModelKey::of("demo")).await.unwrap();
+    Site::with(streams, GatewayConfig::default()).await
 }
 
 /// A worker's hold on a request.

@@ -1,12 +1,8 @@
 //! How fast: `cargo test --release -p forebay-api --test gateway -- --ignored --nocapture speed`.
 
-use crate::site::{Site, ask};
-use forebay_api::GatewayConfig;
-use forebay_schemas::{event::FinishReason, ids::ModelKey};
-use forebay_streams::{
-    jetstream::{Limits, Options, connect},
-    server::Server,
-};
+use crate::site::{Site, ask, over};
+use forebay_schemas::event::FinishReason;
+use forebay_streams::{jetstream::Limits, server::Server};
 use futures::{StreamExt, future::join_all};
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -25,20 +21,7 @@ async fn speed_of_many_streams() {
 async fn speed_of_many_streams_over_nats() {
     let folder = tempfile::tempdir().unwrap();
     let server = Server::start(None, folder.path(), 0).unwrap();
-    many_streams(over(&server).await).await;
-}
-
-async fn over(server: &Server) -> Site {
-    let options = Options {
-        url: server.url(),
-        name: "speed".into(),
-        inbox_prefix: "_INBOX.speed".into(),
-        credentials: None,
-        limits: Limits::default(),
-    };
-    let streams = connect(options).await.unwrap();
-    streams.tasks.ensure(&ModelKey::of("demo")).await.unwrap();
-    Site::with(streams, GatewayConfig::default()).await
+    many_streams(over(&server, Limits::default()).await).await;
 }
 
 async fn many_streams(site: Site) {
@@ -83,7 +66,7 @@ async fn speed_of_a_first_token() {
 async fn speed_of_a_first_token_over_nats() {
     let folder = tempfile::tempdir().unwrap();
     let server = Server::start(None, folder.path(), 0).unwrap();
-    first_token(over(&server).await).await;
+    first_token(over(&server, Limits::default()).await).await;
 }
 
 async fn first_token(site: Site) {
