@@ -166,7 +166,8 @@ async fn connection(
 
 /// One server-sent event.
 fn event_of(answer: &mut Answer, event: &str) {
-    let Some(data) = event.strip_prefix("data: ").filter(|data| *data != "[DONE]") else { return };
+    let data = event.lines().find_map(|line| line.strip_prefix("data: "));
+    let Some(data) = data.filter(|data| *data != "[DONE]") else { return };
     let Ok(chunk) = serde_json::from_str::<ChatChunk>(data) else {
         answer.error = Some(serde_json::from_str(data).expect("an error in JSON"));
         return;
