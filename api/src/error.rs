@@ -125,10 +125,6 @@ impl ApiError {
         self
     }
 
-    pub(crate) fn message(&self) -> &str {
-        &self.message
-    }
-
     pub(crate) fn code(&self) -> ErrorCode {
         self.code
     }

@@ -124,6 +124,7 @@ pub(crate) async fn metrics(State(gateway): State<Arc<Shared>>) -> Result<Respon
     let id = gateway.config.gateway.to_string();
     metrics::gauge!(meters::IN_FLIGHT, "gateway" => id.clone()).set(gateway.admission.in_flight() as f64);
     metrics::gauge!(meters::FOLLOWED, "gateway" => id).set(gateway.hub.followed() as f64);
+    gateway.fleet.show();
     let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
     Ok((content_type, handle.render()).into_response())
 }

@@ -9,7 +9,7 @@ use axum::{
 use forebay_schemas::ids::RequestId;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use std::{fmt, str::FromStr};
+use std::str::FromStr;
 
 /// Every answer carries its request's id, errors too: it finds the log.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -76,6 +76,15 @@ impl Cursor {
         Cursor::read("Last-Event-ID", value.to_str().unwrap_or_default()).map(Some)
     }
 
+    /// The same, if it is a place in the stream of this request.
+    pub(crate) fn within(self, request: RequestId) -> Result<Cursor, ApiError> {
+        if self.request == request {
+            return Ok(self);
+        }
+        let message = format!("the last event is of request {}, not of {request}", self.request);
+        Err(ApiError::of(ErrorCode::InvalidValue, "Last-Event-ID", message))
+    }
+
     /// From a named part of a request.
     pub(crate) fn read(param: &str, text: &str) -> Result<Cursor, ApiError> {
         text.parse().map_err(|NoCursor| {
@@ -112,20 +121,18 @@ fn number(text: &str) -> Result<u64, NoCursor> {
     }
 }
 
-impl fmt::Display for Cursor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}.{}", self.request, self.seq, self.part)
+/// The answer to a request about the request that a path names.
+pub(crate) async fn about(
+    name: &str,
+    answer: impl AsyncFnOnce(RequestId) -> Result<Response, ApiError>,
+) -> Response {
+    match name.parse() {
+        Ok(id) => named(id, answer(id).await),
+        Err(_) => {
+            let message = format!("there is nothing with the id {name:?}; it is no id");
+            ApiError::new(ErrorCode::RequestNotFound, message).into_response()
+        }
     }
-}
-
-/// The id in a path.
-pub(crate) fn path(name: &str) -> Result<RequestId, ApiError> {
-    name.parse().map_err(|_| {
-        ApiError::new(
-            ErrorCode::RequestNotFound,
-            format!("there is nothing with the id {name:?}; it is no id"),
-        )
-    })
 }
 
 /// An answer with the id of the request that it is about.

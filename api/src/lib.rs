@@ -10,11 +10,13 @@ mod body;
 mod chat;
 mod dead_letters;
 mod error;
+mod fleet;
 mod health;
 mod identity;
 mod meters;
 mod models;
 mod query;
+mod responses;
 mod room;
 mod router;
 mod running;
@@ -25,6 +27,7 @@ mod validate;
 mod watch;
 
 use admission::Admission;
+use fleet::Fleet;
 use forebay_schemas::ids::GatewayId;
 use forebay_streams::{StreamError, Streams, environment::in_process, follow::Hub, log::Live};
 use health::Reachable;
@@ -85,6 +88,7 @@ pub(crate) struct Shared {
     models: Arc<Models>,
     admission: Admission,
     room: Room,
+    fleet: Fleet,
     reachable: Reachable,
     /// One task for each request under way; see `running::keeper`.
     keepers: TaskTracker,
@@ -114,6 +118,7 @@ impl Gateway {
             watch,
             admission: Admission::new(config.in_flight_max),
             room: Room::default(),
+            fleet: Fleet::follow(streams.registry.as_ref()).await?,
             config,
             streams,
             hub,

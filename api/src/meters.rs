@@ -1,6 +1,7 @@
 //! What the gateway measures, in Prometheus' terms. Handles are made once for each model: a token costs a few
 //! atomic operations here.
 
+use crate::fleet;
 use metrics::{Counter, Histogram, counter, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{
@@ -46,6 +47,9 @@ fn install() -> Result<PrometheusHandle, BuildError> {
     metrics::describe_counter!(REQUESTS, "answered requests, by endpoint and status");
     metrics::describe_gauge!(IN_FLIGHT, "requests under way");
     metrics::describe_gauge!(FOLLOWED, "logs being followed");
+    metrics::describe_gauge!(fleet::WORKERS, "workers with a lease, by role and model");
+    metrics::describe_gauge!(fleet::SLOTS_BUSY, "slots in use, by role and model");
+    metrics::describe_gauge!(fleet::KV_LEASES, "slots whose KV is sealed for a reader, by role and model");
     Ok(handle)
 }
 

@@ -4,7 +4,7 @@
 use crate::{
     Gateway, Shared, chat,
     error::{ApiError, ErrorCode},
-    health, meters, models,
+    health, meters, models, responses,
 };
 use axum::{
     Router,
@@ -23,6 +23,9 @@ impl Gateway {
         let routes: Router<Arc<Shared>> = Router::new()
             .route("/v1/chat/completions", post(chat::chat))
             .route("/v1/chat/completions/{id}", get(chat::get_chat).delete(chat::delete_chat))
+            .route("/v1/responses", post(responses::responses))
+            .route("/v1/responses/{id}", get(responses::get_response).delete(responses::delete_response))
+            .route("/v1/responses/{id}/cancel", post(responses::cancel_response))
             .route("/v1/models", get(models::list_models))
             .route("/v1/models/{*name}", get(models::get_model))
             .route("/live", get(health::live))

@@ -22,7 +22,7 @@ const HEADERS_MAX: Duration = Duration::from_secs(60);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// After the grace: time for connections to send their last error, and for logs to get their last event.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 impl Gateway {
     /// Serves until `shutdown` resolves and running requests have finished, or their grace is over.

@@ -2,7 +2,7 @@
 
 use crate::{
     config::{NatsArgs, init_logging, runtime},
-    request::{find, fold, take},
+    request::{events_of, find, fold},
     show::print,
 };
 use clap::Args;
@@ -13,9 +13,10 @@ use forebay_schemas::{
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The worker that has the request stops at its next step; the client gets an error with the cause. A request
+The worker that has the request stops at its next step; the client gets an error with the cause. A request \
 that has ended already stays as it is.
 
+Example:
   forebay cancel chatcmpl-01a20cfaf783740ca231537fde0c9b96 --cause 'runs for too long'")]
 pub(crate) struct CancelArgs {
     /// The request: its id as in answers (`chatcmpl-…`) or bare.
@@ -34,7 +35,7 @@ pub(crate) fn run(args: &CancelArgs) -> anyhow::Result<()> {
         let streams = args.nats.connect("log", "cancel").await?;
         let log = find(&streams, request).await?;
         let was_going = forebay_streams::cancel::cancel(&streams, &log, &args.cause).await?;
-        let events = take(&streams, request).await?.events;
+        let events = events_of(&streams, &log).await?;
         let state = fold(&events, events.len())?;
         print(match (was_going, &state.phase) {
             (false, _) => format!("request {request} had ended already: {}", ending(&state)),

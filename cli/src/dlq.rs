@@ -17,6 +17,7 @@ use forebay_streams::{Streams, environment, log::LogRef, tasks::enqueue, writer:
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
+Examples:
   forebay dlq list
   forebay dlq show 01a20cfaf783740ca231537fde0c9b96
   forebay dlq retry 01a20cfaf783740ca231537fde0c9b96      once the reason is gone")]

@@ -19,9 +19,10 @@ const IMPORT: &str = "import";
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The file holds everything that the log does: the tokens of the prompt and the text of the answer too. Look at
+The file holds everything that the log does: the tokens of the prompt and the text of the answer too. Look at \
 who gets it.
 
+Examples:
   forebay export chatcmpl-01a20cfaf783740ca231537fde0c9b96 > request.jsonl
   forebay replay request.jsonl                  anywhere, without NATS
   forebay import request.jsonl                  into the log of another NATS")]
@@ -36,6 +37,7 @@ pub(crate) struct ExportArgs {
 #[command(after_help = "\
 The request can then be looked at like any other. Nothing works on it: it is in no queue.
 
+Example:
   forebay import request.jsonl --nats nats://127.0.0.1:4222")]
 pub(crate) struct ImportArgs {
     /// A file that `forebay export` wrote.

@@ -15,9 +15,10 @@ const READ_PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Columns: number of the event (for `forebay replay --at`), time since the first, time since the one before,
+Columns: number of the event (for `forebay replay --at`), time since the first, time since the one before, \
 sequence in the stream, attempt, event.
 
+Examples:
   forebay log chatcmpl-01a20cfaf783740ca231537fde0c9b96
   forebay log --follow 01a20cfaf783740ca231537fde0c9b96      until the request ends
   forebay log --json 01a20cfaf783740ca231537fde0c9b96 | jq -r '.data.text // empty'")]

@@ -27,7 +27,7 @@ use std::process::ExitCode;
 #[command(name = "forebay", version, max_term_width = 110)]
 #[command(
     after_help = "Begin with `forebay up`: it starts everything on this machine, with a small built-in model.\n\
-Settings come from flags, then the environment, then a TOML file (--config, or FOREBAY_CONFIG) whose keys\n\
+Settings come from flags, then the environment, then a TOML file (--config, or FOREBAY_CONFIG) whose keys \
 are the long names of flags."
 )]
 struct Cli {

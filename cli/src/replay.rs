@@ -13,15 +13,15 @@ use std::path::PathBuf;
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-From the log alone: the request's state after any of its events (`forebay log` numbers them), and what the
-client saw when. Needs no model, and no NATS if given a file that `forebay export` wrote.
+From the log alone: the request's state after any of its events (`forebay log` numbers them), and what the \
+client saw when. It needs no model, and no NATS if given a file that `forebay export` wrote.
 
   forebay replay chatcmpl-01a20cfaf783740ca231537fde0c9b96
   forebay replay request.jsonl --at 7
 
-With --execute: the prompt is run again on an engine here, and every token that it would draw is compared with
-the log, after the same tokens. Exit code 0 if all are equal; 1 if one differs, with both tokens and their
-logits. A model or precision other than the log's is named; equal ones can still differ where steps were
+With --execute: the prompt is run again on an engine here, and every token that it would draw is compared with \
+the log, after the same tokens. Exit code 0 if all are equal; 1 if one differs, with both tokens and their \
+logits. A model or precision other than the log's is named. Equal ones can still differ where steps were \
 batched or a prompt was cut otherwise, which rounds differently: then the margin is small.
 
   forebay replay request.jsonl --execute

@@ -53,11 +53,16 @@ pub(crate) async fn find(streams: &Streams, request: RequestId) -> anyhow::Resul
     }
 }
 
+/// All events of a log so far.
+pub(crate) async fn events_of(streams: &Streams, log: &LogRef) -> anyhow::Result<Vec<(u64, Event)>> {
+    let recorded = streams.log.read(log, 0).await?;
+    Ok(recorded.into_iter().map(|Recorded { seq, event }| (seq, event)).collect())
+}
+
 /// Takes a request out of the log, with what is known of the model that ran it.
 pub(crate) async fn take(streams: &Streams, request: RequestId) -> anyhow::Result<Export> {
     let log = find(streams, request).await?;
-    let recorded = streams.log.read(&log, 0).await?;
-    let events: Vec<_> = recorded.into_iter().map(|Recorded { seq, event }| (seq, event)).collect();
+    let events = events_of(streams, &log).await?;
     let header = Header {
         format: FORMAT.to_owned(),
         version: VERSION,
@@ -117,14 +122,14 @@ pub(crate) fn engines(events: &[(u64, Event)]) -> Vec<(LayoutHash, Option<String
 
 /// What the log says, and else what the registry says now.
 async fn model_facts(streams: &Streams, events: &[(u64, Event)]) -> anyhow::Result<ModelFacts> {
-    let Some(Body::RequestAccepted(accepted)) = events.first().map(|(_, event)| &event.body) else {
-        bail!("the log does not begin with RequestAccepted");
-    };
-    let mut facts = ModelFacts::asked_for(accepted);
+    let mut facts = ModelFacts::default();
+    if let Some((_, Event { body: Body::RequestAccepted(accepted), .. })) = events.first() {
+        facts.name.clone_from(&accepted.model);
+    }
     if let Some((hash, weights)) = engines(events).pop() {
         (facts.layout_hash, facts.weights) = (Some(hash), weights);
     }
-    let card = streams.registry.models().await?.borrow().get(&accepted.model).cloned();
+    let card = streams.registry.models().await?.borrow().get(&facts.name).cloned();
     if let Some(card) = card
         && facts.weights.is_none()
         && facts.layout_hash.is_none_or(|hash| hash == card.layout_hash)

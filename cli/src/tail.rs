@@ -36,10 +36,11 @@ const EVENTS: [&str; 13] = [
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Columns: time of day (UTC), last digits of the request's id, attempt, event. Filters add up; --event may be
-given several times. Live events are not kept for a slow reader: where some were missed, a line says so, and
+Columns: time of day (UTC), last digits of the request's id, attempt, event. Filters add up; --event may be \
+given several times. Live events are not kept for a slow reader: where some were missed, a line says so, and \
 `forebay log` has them.
 
+Examples:
   forebay tail --event RequestFailed --event KvLost
   forebay tail --model demo --json | jq -c 'select(.type == \"RequestCompleted\") | .data.usage'
   forebay tail --worker decode-80ee524e --long")]

@@ -2,7 +2,7 @@
 //! Nothing is lost: what is read back is what was in the log. It holds the prompt's tokens and the answer's text.
 
 use crate::{
-    event::{Event, RequestAccepted},
+    event::Event,
     ids::{GatewayId, RequestId},
     kv::LayoutHash,
     wire,
@@ -45,9 +45,9 @@ pub struct Header {
 }
 
 /// What is known of the model that ran a request.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelFacts {
-    /// The name that the client used.
+    /// The name that the client used; empty if the beginning of the log is lost.
     pub name: String,
     /// What it computes; none if neither the log nor the registry says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -55,13 +55,6 @@ pub struct ModelFacts {
     /// The weights as they were run, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<String>,
-}
-
-impl ModelFacts {
-    /// Only what a request itself says.
-    pub fn asked_for(accepted: &RequestAccepted) -> ModelFacts {
-        ModelFacts { name: accepted.model.clone(), layout_hash: None, weights: None }
-    }
 }
 
 /// A text that is no export, and where.

@@ -81,20 +81,31 @@ impl Client {
     /// # Panics
     /// If the gateway can't be reached or does not answer as OpenAI does.
     pub async fn ask(&self, chat: &Chat) -> Answer {
-        let response = self.post(chat.0.to_string()).await;
-        let (request, status) = (request_of(&response), response.status().as_u16());
-        let body = response.text().await.expect("a body");
-        let mut answer =
-            Answer { request, status, text: String::new(), finish: None, usage: None, error: None };
-        if status == 200 {
-            let completion: ChatCompletion = serde_json::from_str(&body).expect("a completion");
-            answer.text = completion.choices[0].message.content.clone().expect("a text");
-            answer.finish = completion.choices[0].finish_reason;
-            answer.usage = Some(completion.usage);
-        } else {
-            answer.error = Some(error_of(&body));
-        }
-        answer
+        whole(self.post(chat.0.to_string()).await).await
+    }
+
+    /// The same under an idempotency key.
+    ///
+    /// # Panics
+    /// As [`Client::ask`].
+    pub async fn ask_under(&self, key: &str, chat: &Chat) -> Answer {
+        let request =
+            self.http.post(format!("{}/v1/chat/completions", self.url)).header("idempotency-key", key);
+        whole(request.json(&chat.0).send().await.expect("the gateway answers")).await
+    }
+    /// `GET` of something: status and body.
+    pub async fn get(&self, path: &str) -> (u16, Value) {
+        read(self.http.get(format!("{}{path}", self.url))).await
+    }
+
+    /// `DELETE` of something: status and body.
+    pub async fn delete(&self, path: &str) -> (u16, Value) {
+        read(self.http.delete(format!("{}{path}", self.url))).await
+    }
+
+    /// `POST` of something: status and body.
+    pub async fn post_json(&self, path: &str, body: &Value) -> (u16, Value) {
+        read(self.http.post(format!("{}{path}", self.url)).json(body)).await
     }
 
     /// Asks for a stream.
@@ -207,6 +218,27 @@ impl Streaming {
             self.answer.finish = choice.finish_reason;
         }
     }
+}
+
+async fn read(request: reqwest::RequestBuilder) -> (u16, Value) {
+    let response = request.send().await.expect("the gateway answers");
+    (response.status().as_u16(), response.json().await.expect("a body of JSON"))
+}
+
+/// Reads an answer in one piece.
+async fn whole(response: reqwest::Response) -> Answer {
+    let (request, status) = (request_of(&response), response.status().as_u16());
+    let body = response.text().await.expect("a body");
+    let mut answer = Answer { request, status, text: String::new(), finish: None, usage: None, error: None };
+    if status == 200 {
+        let completion: ChatCompletion = serde_json::from_str(&body).expect("a completion");
+        answer.text = completion.choices[0].message.content.clone().expect("a text");
+        answer.finish = completion.choices[0].finish_reason;
+        answer.usage = Some(completion.usage);
+    } else {
+        answer.error = Some(error_of(&body));
+    }
+    answer
 }
 
 fn request_of(response: &reqwest::Response) -> RequestId {

@@ -1,9 +1,10 @@
 //! A deployment whose processes are started one by one, so that a test can kill, stop and replace each.
 
 use crate::{
+    PATIENCE,
     client::{Answer, Client},
     files, invariants,
-    process::{Process, Watchdog},
+    process::{POLL, Process, Watchdog},
     soon,
 };
 use forebay_schemas::{
@@ -14,6 +15,7 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     Streams,
+    environment::off_thread,
     jetstream::{self, Limits, Options},
     log::Recorded,
     registry::Workers,
@@ -24,10 +26,10 @@ use rustix::process::Signal;
 use std::{
     process::{Command, Output},
     sync::{
-        Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
@@ -56,7 +58,7 @@ pub struct Deployment {
     started: AtomicU32,
     // In this order: the server ends before its files go.
     watchdog: Mutex<Watchdog>,
-    nats: Mutex<Nats>,
+    nats: Arc<Mutex<Nats>>,
     folder: TempDir,
     _room: SemaphorePermit<'static>,
 }
@@ -98,8 +100,8 @@ impl Deployment {
     pub async fn start_on_cluster() -> Deployment {
         let room = ROOM.acquire().await.expect("never closed");
         let folder = files::scratch();
-        let start = || Cluster::start(None, &folder.path().join("nats")).expect("a cluster starts");
-        let nats = tokio::task::block_in_place(start);
+        let files = folder.path().join("nats");
+        let nats = off_thread(move || Cluster::start(None, &files).expect("a cluster starts")).await;
         Deployment::on(Nats::Three(nats), folder, room).await
     }
 
@@ -108,6 +110,7 @@ impl Deployment {
         let deployment = Deployment::start().await;
         let Deployment { nats, folder, _room: room, watchdog, .. } = deployment;
         drop(watchdog);
+        let nats = Arc::into_inner(nats).expect("nobody else has it");
         let Nats::One(mut nats) = nats.into_inner().expect("no panics while held") else {
             unreachable!("one was started")
         };
@@ -156,7 +159,7 @@ impl Deployment {
             settings,
             started: AtomicU32::new(0),
             watchdog: Mutex::new(watchdog),
-            nats: Mutex::new(nats),
+            nats: Arc::new(Mutex::new(nats)),
             folder,
             _room: room,
         }
@@ -191,13 +194,18 @@ impl Deployment {
     /// Kills the nats-server as a power cut would, and starts it again after a while. Of a cluster, it is the server
     /// that leads the log stream, and all are in step again afterwards.
     pub async fn interrupt_nats(&self, pause: Duration) {
-        let killed = tokio::task::block_in_place(|| self.nats().kill());
+        // Not with `block_in_place`: the thread would be another one afterwards, and end some time, and with it the
+        // processes that it started (see `FOREBAY_PARENT`).
+        let nats = self.nats.clone();
+        let killed = off_thread(move || nats.lock().expect("no panics while held").kill()).await;
         tokio::time::sleep(pause).await;
-        let pids = tokio::task::block_in_place(|| {
-            let mut nats = self.nats();
+        let nats = self.nats.clone();
+        let restart = move || {
+            let mut nats = nats.lock().expect("no panics while held");
             nats.restart(killed);
             nats.pids()
-        });
+        };
+        let pids = off_thread(restart).await;
         *self.watchdog.lock().expect("no panics while held") = Watchdog::over(&pids);
     }
 
@@ -362,7 +370,14 @@ impl Nats {
                 0
             }
             Nats::Three(cluster) => {
-                let leader = cluster.leader("FB_LOG").unwrap_or(0);
+                let give_up = Instant::now() + PATIENCE;
+                let leader = loop {
+                    match cluster.leader("FB_LOG") {
+                        Some(leader) => break leader,
+                        None => assert!(Instant::now() < give_up, "nobody leads the log stream"),
+                    }
+                    std::thread::sleep(POLL);
+                };
                 cluster.servers()[leader].kill();
                 leader
             }

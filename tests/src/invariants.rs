@@ -28,7 +28,8 @@ const LEGAL: &str = "a log folds through the lifecycle";
 const ONE_END: &str = "1: a request reaches exactly one terminal event";
 const ALL_TOKENS: &str = "2: no token twice, none missing";
 const SAME_TEXT: &str = "2: the client reads what the log says";
-const SAME_TOKENS: &str = "4: the tokens are those of an undisturbed run";
+/// Tokens are not what they must be, or of no question that was asked.
+pub const SAME_TOKENS: &str = "4: the tokens are those of an undisturbed run";
 const ONE_AUTHOR: &str = "3: after a newer claim, an older attempt appends nothing";
 const ONE_PREFILL: &str = "3: after a newer claim, an older prefill appends nothing";
 

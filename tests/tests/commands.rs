@@ -6,7 +6,7 @@ use rustix::process::Signal;
 use std::{
     net::TcpListener,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -53,13 +53,53 @@ fn no_nats_server() {
     let gateway = ["gateway", "--listen", "127.0.0.1:0", "--nats", &url];
     let data = folder.path().to_str().expect("UTF-8");
     let worker = ["worker", "--role", "decode", "--engine", "sim", "--data", data, "--nats", &url];
-    let log = ["log", "chatcmpl-01997a5ce2b47d0c8e3f0f8ddc0c6a11", "--nats", &url];
-    for arguments in [&gateway[..], &worker, &log] {
+    let id = "chatcmpl-01997a5ce2b47d0c8e3f0f8ddc0c6a11";
+    let log = ["log", id, "--nats", &url];
+    let tail = ["tail", "--nats", &url];
+    let replay = ["replay", id, "--nats", &url];
+    let dlq = ["dlq", "list", "--nats", &url];
+    for arguments in [&gateway[..], &worker, &log, &tail, &replay, &dlq] {
         says(&fails(&mut forebay(arguments)), &["no NATS server answers at", &url, "forebay up"]);
     }
     let mut up = forebay(&["up", "--data", data, "--listen", "127.0.0.1:0", "--nats-port", "0"]);
     let said = fails(up.env("FOREBAY_NATS_SERVER", "/nowhere/nats-server"));
     says(&said, &["/nowhere/nats-server"]);
+}
+
+#[test]
+fn no_exported_request() {
+    let folder = files::scratch();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("a file can be written");
+        path.to_str().expect("UTF-8").to_owned()
+    };
+    says(&fails(&mut forebay(&["replay", "./nowhere"])), &["./nowhere is neither a request id nor a file"]);
+    let (other, empty) = (file("other.json", "{\"format\":\"gguf\"}\n"), file("empty", ""));
+    for path in [&other, &empty] {
+        says(&fails(&mut forebay(&["replay", path])), &[path, "line 1: not an exported request"]);
+        says(&fails(&mut forebay(&["import", path, "--nats", &no_nats()])), &[path, "line 1"]);
+    }
+}
+
+/// What is read by `head` ends without a complaint when `head` does.
+#[test]
+fn a_reader_that_goes_away() {
+    let folder = files::scratch();
+    let file = folder.path().join("request.jsonl");
+    let request = "01997a5ce2b47d0c8e3f0f8ddc0c6a11";
+    let header = format!(
+        r#"{{"format":"forebay-request","version":1,"forebay":"0","request":"{request}","gateway":"g","model":{{"name":"demo"}},"exported_us":0}}"#
+    );
+    let accepted = format!(
+        r#"{{"seq":1,"version":1,"request":"{request}","attempt":0,"time_us":1,"type":"RequestAccepted","data":{{"model":"demo","endpoint":"chat.completions","prompt":[1],"sampling":{{"temperature":0,"top_p":1,"top_k":0,"seed":1}},"max_tokens":1,"timeout_ms":1000}}}}"#
+    );
+    std::fs::write(&file, format!("{header}\n{accepted}\n")).expect("a file can be written");
+    let mut command = forebay(&["replay", file.to_str().expect("UTF-8")]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("forebay runs");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
 }
 
 #[test]

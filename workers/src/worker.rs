@@ -53,6 +53,9 @@ const ENGINE_CHECK: Duration = Duration::from_secs(5);
 /// How long one step of the engine may take. A longer one will not end: a driver that hangs, most likely.
 const STEP_MAX: Duration = Duration::from_secs(60);
 
+/// How long a worker that ends waits for word that its lease is over.
+const RESIGN_MAX: Duration = Duration::from_millis(500);
+
 /// Kept of the grace for what must still be said when it is over.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -198,8 +201,9 @@ pub async fn run(
         () = worker.engine_hangs() => Err(WorkerError::EngineHangs),
     };
     drop(background);
-    if let Err(error) = worker.streams.registry.resign(&worker.id).await {
-        tracing::debug!(%error, "the lease will lapse by itself");
+    let resigned = tokio::time::timeout(RESIGN_MAX, worker.streams.registry.resign(&worker.id)).await;
+    if !matches!(resigned, Ok(Ok(()))) {
+        tracing::debug!("the lease will lapse by itself");
     }
     outcome
 }

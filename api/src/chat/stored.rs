@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Shared,
-    error::{ApiError, ErrorCode},
+    error::ApiError,
     identity::{self, Cursor},
     query::Wanted,
     running::{Opened, Running},
@@ -29,11 +29,7 @@ pub(crate) async fn get_chat(
     RawQuery(query): RawQuery,
     headers: HeaderMap,
 ) -> Response {
-    let id = match identity::path(&name) {
-        Ok(id) => id,
-        Err(error) => return error.into_response(),
-    };
-    identity::named(id, get(&gateway, id, query.as_deref(), &headers).await)
+    identity::about(&name, async |id| get(&gateway, id, query.as_deref(), &headers).await).await
 }
 
 async fn get(
@@ -58,16 +54,12 @@ async fn get(
 
 /// `DELETE /v1/chat/completions/{id}`.
 pub(crate) async fn delete_chat(State(gateway): State<Arc<Shared>>, Path(name): Path<String>) -> Response {
-    let id = match identity::path(&name) {
-        Ok(id) => id,
-        Err(error) => return error.into_response(),
-    };
-    let deleted = async {
+    let delete = async |id| {
         Opened::stored(&gateway, id, ENDPOINT).await?.delete(&gateway).await?;
         let (id, object) = (format!("chatcmpl-{id}"), "chat.completion.deleted".to_owned());
         Ok(Json(Deleted { id, object, deleted: true }).into_response())
     };
-    identity::named(id, deleted.await)
+    identity::about(&name, delete).await
 }
 
 /// The stream of a request from after an event on, or all of it. It says how much there was at the end if the client
@@ -78,10 +70,7 @@ pub(super) async fn resume(
     cursor: Option<Cursor>,
     usage: Option<bool>,
 ) -> Result<Response, ApiError> {
-    if let Some(cursor) = cursor.filter(|cursor| cursor.request != id) {
-        let message = format!("the event {cursor} belongs to another request than {id}");
-        return Err(ApiError::of(ErrorCode::InvalidValue, "Last-Event-ID", message));
-    }
+    let cursor = cursor.map(|cursor| cursor.within(id)).transpose()?;
     let opened = Opened::of_endpoint(gateway, id, ENDPOINT).await?;
     let usage = usage.unwrap_or_else(|| Echo::of(&opened.state).include_usage);
     Ok(stream(Running::attach(gateway, opened).await?, cursor, usage))

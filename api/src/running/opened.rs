@@ -1,5 +1,6 @@
 //! The log of a request as it was found: of any gateway, under way or ended.
 
+use super::{DEADLINE_PATIENCE, keeper};
 use crate::{
     Shared,
     error::{ApiError, ErrorCode},
@@ -8,6 +9,7 @@ use forebay_schemas::{event::RequestAccepted, ids::RequestId, lifecycle::Lifecyc
 use forebay_streams::{
     StreamError,
     cancel::cancel,
+    environment::now_us,
     log::{LogRef, Recorded},
     writer::WriteError,
 };
@@ -37,14 +39,25 @@ impl Opened {
         }
     }
 
-    /// The log of a request that this endpoint took.
+    /// The log of a request that this endpoint took. One that is past its deadline and goes on is ended first: the
+    /// gateway that accepted it may be dead.
     pub(crate) async fn of_endpoint(
         gateway: &Shared,
         request: RequestId,
         endpoint: &str,
     ) -> Result<Opened, ApiError> {
         let opened = Opened::find(gateway, request).await?;
-        opened.filter(|opened| opened.accepted().endpoint == endpoint).ok_or_else(|| unknown(request))
+        let opened = opened.filter(|opened| opened.accepted().endpoint == endpoint);
+        let opened = opened.ok_or_else(|| unknown(request))?;
+        let patience_us = DEADLINE_PATIENCE.as_micros() as u64;
+        if opened.state.phase.is_terminal() || now_us() < opened.state.deadline_us() + patience_us {
+            return Ok(opened);
+        }
+        let timeout = Duration::from_millis(opened.accepted().timeout_ms);
+        keeper::expire(&gateway.streams, &opened.log, timeout)
+            .await
+            .map_err(|error| unwritten(&error, request))?;
+        Opened::read(gateway, opened.log).await?.ok_or_else(|| unknown(request))
     }
 
     /// The same, if its answer is to be kept.

@@ -7,6 +7,7 @@ mod errors;
 mod flaky;
 mod keeping;
 mod operating;
+mod responding;
 mod resuming;
 mod site;
 mod speed;

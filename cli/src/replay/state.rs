@@ -114,7 +114,7 @@ mod tests {
             forebay: "0.1.0".into(),
             request,
             gateway: "gw-1".parse().unwrap(),
-            model: ModelFacts::asked_for(&accepted),
+            model: ModelFacts::default(),
             exported_us: 0,
         };
         let failed =

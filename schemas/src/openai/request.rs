@@ -221,9 +221,9 @@ impl Stop {
 }
 
 /// Reads "a string, or a list of T". `serde(untagged)` would do, but its errors say neither where nor what.
-struct TextOrList<T>(std::marker::PhantomData<T>);
+pub(super) struct TextOrList<T>(pub(super) std::marker::PhantomData<T>);
 
-enum Either<T> {
+pub(super) enum Either<T> {
     Text(String),
     List(Vec<T>),
 }

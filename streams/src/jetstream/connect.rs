@@ -4,6 +4,7 @@ use super::{JetStream, Limits, topology};
 use crate::{StreamError, Streams};
 use async_nats::{ConnectOptions, Event};
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// Oldest server that works: batched direct reads.
 const SERVER_MIN: (i64, i64) = (2, 11);
@@ -70,13 +71,19 @@ pub enum ConnectError {
 /// Connects, checks the server, and makes what is missing of the topology.
 pub async fn connect(options: Options) -> Result<Streams, ConnectError> {
     let url = options.url.clone();
+    let (losing, lost) = watch::channel(0);
     let mut nats = ConnectOptions::new()
         .name(&options.name)
         .custom_inbox_prefix(&options.inbox_prefix)
         .connection_timeout(Duration::from_secs(5))
         .ping_interval(Duration::from_secs(10))
         .reconnect_delay_callback(|attempts| Duration::from_millis(50 << attempts.min(5)))
-        .event_callback(|event| async move { note(&event) });
+        .event_callback(move |event| {
+            if matches!(event, Event::Disconnected) {
+                losing.send_modify(|times| *times += 1);
+            }
+            async move { note(&event) }
+        });
     if let Some(path) = &options.credentials {
         let bad = |cause: std::io::Error| ConnectError::Credentials {
             path: path.clone(),
@@ -99,7 +106,7 @@ pub async fn connect(options: Options) -> Result<Streams, ConnectError> {
         .await
         .map_err(|error| ConnectError::NoJetStream { url, cause: error.to_string() })?;
     topology::ensure(&context, &options.limits).await?;
-    Ok(JetStream { client, context, limits: options.limits }.streams())
+    Ok(JetStream { client, context, limits: options.limits, lost }.streams())
 }
 
 fn note(event: &Event) {

@@ -2,7 +2,6 @@
 
 use super::{
     JetStream, PublishError, failed, header,
-    tasks::pull_from,
     topology::{DLQ, SPENT, queue_stream},
 };
 use crate::{
@@ -75,7 +74,7 @@ impl DeadLetters for JetStream {
 
     async fn spent(&self, wait: Duration) -> Result<Option<Spent>, StreamError> {
         let what = "looking for spent tasks";
-        let Some(delivery) = pull_from(&self.client, DLQ, SPENT, wait).await? else { return Ok(None) };
+        let Some(delivery) = self.pull_from(DLQ, SPENT, wait).await? else { return Ok(None) };
         let advisory: Advisory = match serde_json::from_slice(&delivery.payload) {
             Ok(advisory) => advisory,
             Err(error) => {

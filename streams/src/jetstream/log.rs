@@ -1,7 +1,7 @@
 //! Logs as subjects of the stream `FB_LOG`.
 
 use super::{
-    FULL, JetStream, PublishError, REQUEST_TIMEOUT, WRONG_LAST_SEQUENCE, failed, header, header_number,
+    FULL, JetStream, LOST, PublishError, REQUEST_TIMEOUT, WRONG_LAST_SEQUENCE, failed, header, header_number,
     topology::LOG,
 };
 use crate::{
@@ -17,6 +17,7 @@ use forebay_schemas::{
     wire,
 };
 use futures::{StreamExt, stream::BoxStream};
+use std::pin::pin;
 
 /// Events read in one request.
 const READ_BATCH: usize = 512;
@@ -134,11 +135,13 @@ impl JetStream {
     async fn last(&self, subject: &str) -> Result<Option<Message>, StreamError> {
         let what = format!("reading the last event of {subject}");
         let query = serde_json::json!({ "last_by_subj": subject }).to_string();
-        let reply = self
-            .client
-            .request(format!("$JS.API.DIRECT.GET.{LOG}"), query.into())
-            .await
-            .map_err(failed(&what))?;
+        let lost = self.connection_lost();
+        let reply = tokio::select! {
+            biased;
+            reply = self.client.request(format!("$JS.API.DIRECT.GET.{LOG}"), query.into()) => reply,
+            () = lost => return Err(StreamError::new(what, LOST)),
+        };
+        let reply = reply.map_err(failed(&what))?;
         match reply.status {
             None => Ok(Some(reply)),
             Some(StatusCode::NOT_FOUND) => Ok(None),
@@ -153,6 +156,7 @@ impl JetStream {
         subject: &str,
         from: u64,
     ) -> Result<(Vec<Message>, bool), String> {
+        let mut lost = pin!(self.connection_lost());
         let inbox = self.client.new_inbox();
         let mut replies = self.client.subscribe(inbox.clone()).await.map_err(|error| error.to_string())?;
         let query =
@@ -163,8 +167,12 @@ impl JetStream {
             .map_err(|error| error.to_string())?;
         let mut messages = Vec::new();
         loop {
-            let reply = tokio::time::timeout(REQUEST_TIMEOUT, replies.next())
-                .await
+            let reply = tokio::select! {
+                biased;
+                reply = tokio::time::timeout(REQUEST_TIMEOUT, replies.next()) => reply,
+                () = &mut lost => return Err(LOST.into()),
+            };
+            let reply = reply
                 .map_err(|_| format!("no answer within {REQUEST_TIMEOUT:?}"))?
                 .ok_or("the connection was closed")?;
             match reply.status {

@@ -15,6 +15,7 @@ use async_nats::{Client, HeaderMap, Request, client::RequestErrorKind, jetstream
 use bytes::Bytes;
 use serde::Deserialize;
 use std::{sync::Arc, time::Duration};
+use tokio::sync::watch;
 
 /// Time that one request to the server may take. A server that restarts within it is waited for.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -24,12 +25,26 @@ pub(crate) struct JetStream {
     client: Client,
     context: Context,
     limits: Limits,
+    /// How often the connection was lost.
+    lost: watch::Receiver<u64>,
 }
 
 impl JetStream {
     fn streams(self) -> Streams {
         let shared = Arc::new(self);
         Streams { log: shared.clone(), tasks: shared.clone(), dead_letters: shared.clone(), registry: shared }
+    }
+
+    /// Resolves when the connection breaks: an answer that is outstanding then will not come.
+    fn connection_lost(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut lost = self.lost.clone();
+        lost.mark_unchanged();
+        async move {
+            if lost.changed().await.is_err() {
+                // The client itself is gone, and says so by itself.
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     /// Publishes into a stream and returns the sequence that it was stored at.
@@ -40,7 +55,13 @@ impl JetStream {
         payload: Bytes,
     ) -> Result<u64, PublishError> {
         let request = Request::new().headers(headers).payload(payload).timeout(Some(REQUEST_TIMEOUT));
-        let reply = self.client.send_request(subject, request).await.map_err(|error| match error.kind() {
+        let lost = self.connection_lost();
+        let reply = tokio::select! {
+            biased;
+            reply = self.client.send_request(subject, request) => reply,
+            () = lost => return Err(PublishError::Unknown(LOST.into())),
+        };
+        let reply = reply.map_err(|error| match error.kind() {
             // Nothing was sent, or no stream listens (the server is starting): certainly not stored.
             RequestErrorKind::NoResponders | RequestErrorKind::InvalidSubject => {
                 PublishError::NotStored(error.to_string())
@@ -58,6 +79,9 @@ impl JetStream {
         }
     }
 }
+
+/// What a request says whose answer will not come any more.
+const LOST: &str = "the connection was lost";
 
 /// The server's answer to a publish.
 #[derive(Deserialize)]

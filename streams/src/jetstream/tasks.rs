@@ -1,11 +1,11 @@
 //! Queues as durable pull consumers on work-queue streams.
 
-use super::{FULL, JetStream, PublishError, failed, topology};
+use super::{FULL, JetStream, LOST, PublishError, failed, topology};
 use crate::{
     StreamError,
     tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
 };
-use async_nats::{Client, HeaderMap, Message, Request, client::RequestErrorKind, header as names};
+use async_nats::{HeaderMap, Message, Request, client::RequestErrorKind, header as names};
 use async_trait::async_trait;
 use bytes::Bytes;
 use forebay_schemas::{
@@ -64,7 +64,7 @@ impl Tasks for JetStream {
         model: &ModelKey,
         wait: Duration,
     ) -> Result<Option<Delivery>, StreamError> {
-        pull_from(&self.client, queue_stream(role), &consumer_name(role, model), wait).await
+        self.pull_from(queue_stream(role), &consumer_name(role, model), wait).await
     }
 
     async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
@@ -150,27 +150,33 @@ impl JetStream {
         };
         self.client.publish(ack_subject.to_owned(), word).await.map_err(failed(what()))
     }
-}
 
-/// Waits up to `wait` for one message of a consumer.
-pub(super) async fn pull_from(
-    client: &Client,
-    stream: &str,
-    consumer: &str,
-    wait: Duration,
-) -> Result<Option<Delivery>, StreamError> {
-    let what = format!("pulling from {consumer}");
-    // An inbox of its own: dropping this pull takes the server's interest away with it, so that no task is
-    // delivered to a worker that no longer listens.
-    let inbox = client.new_inbox();
-    let mut replies = client.subscribe(inbox.clone()).await.map_err(failed(&what))?;
-    let query = serde_json::json!({ "batch": 1, "expires": wait.as_nanos() as u64 }).to_string();
-    let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}");
-    client.publish_with_reply(subject, inbox, query.into()).await.map_err(failed(&what))?;
-    match tokio::time::timeout(wait + PULL_SLACK, replies.next()).await {
-        Ok(Some(reply)) => delivered(reply).map_err(failed(&what)),
-        Ok(None) => Err(StreamError::new(what, "the connection was closed")),
-        Err(_) => Err(StreamError::new(what, "the server does not answer")),
+    /// Waits up to `wait` for one message of a consumer.
+    pub(super) async fn pull_from(
+        &self,
+        stream: &str,
+        consumer: &str,
+        wait: Duration,
+    ) -> Result<Option<Delivery>, StreamError> {
+        let what = format!("pulling from {consumer}");
+        let lost = self.connection_lost();
+        // An inbox of its own: dropping this pull takes the server's interest away with it, so that no task is
+        // delivered to a worker that no longer listens.
+        let inbox = self.client.new_inbox();
+        let mut replies = self.client.subscribe(inbox.clone()).await.map_err(failed(&what))?;
+        let query = serde_json::json!({ "batch": 1, "expires": wait.as_nanos() as u64 }).to_string();
+        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}");
+        self.client.publish_with_reply(subject, inbox, query.into()).await.map_err(failed(&what))?;
+        let reply = tokio::select! {
+            biased;
+            reply = tokio::time::timeout(wait + PULL_SLACK, replies.next()) => reply,
+            () = lost => return Err(StreamError::new(what, LOST)),
+        };
+        match reply {
+            Ok(Some(reply)) => delivered(reply).map_err(failed(&what)),
+            Ok(None) => Err(StreamError::new(what, "the connection was closed")),
+            Err(_) => Err(StreamError::new(what, "the server does not answer")),
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 #[command(name = "chaos", max_term_width = 110)]
 struct Arguments {
     /// What computes tokens. With `sim` they must be those of an undisturbed run.
-    #[arg(long, value_enum, default_value = "sim")]
+    #[arg(long, value_enum, default_value = "both")]
     engine: EngineArg,
     /// Faults to inject, with each engine.
     #[arg(long, default_value_t = 1000, value_name = "N")]
@@ -27,7 +27,7 @@ struct Arguments {
     #[arg(long, value_name = "SEED")]
     seed: Option<u64>,
     /// Clients that ask all the time.
-    #[arg(long, default_value_t = 10, value_name = "N")]
+    #[arg(long, default_value_t = 16, value_name = "N")]
     clients: usize,
     /// Gateways.
     #[arg(long, default_value_t = 2, value_name = "N")]
@@ -47,6 +47,9 @@ struct Arguments {
     /// NATS is a cluster of three, whose servers are killed one at a time.
     #[arg(long)]
     cluster: bool,
+    /// Print the logs of so many requests that were silent longest.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    slowest: usize,
     /// Also writes the report as JSON, a line an engine.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -69,6 +72,7 @@ impl Arguments {
             at_once: self.at_once.max(1),
             step: Duration::from_millis(self.step_ms),
             cluster: self.cluster,
+            slowest: self.slowest,
             ..Options::new(engine, self.faults, seed)
         }
     }
@@ -107,6 +111,9 @@ async fn main() -> anyhow::Result<ExitCode> {
         let report = chaos::run(&arguments.options(*engine, seed), &stop, say).await?;
         println!("\n{report}");
         lines.push_str(&format!("{}\n", report.json()));
+        for slow in &report.slowest {
+            println!("{slow}");
+        }
         for violation in &report.violations {
             println!("{}\n{}\n", violation.broken, violation.shown);
         }

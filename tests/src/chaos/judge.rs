@@ -25,6 +25,9 @@ use tokio::sync::mpsc;
 /// Pause before a log is looked at again that has not ended.
 const AGAIN: Duration = Duration::from_millis(250);
 
+/// How often a log is read that does not come.
+const READS_MAX: u32 = 40;
+
 /// A promise not kept, and the request that shows it.
 #[derive(Clone, Debug)]
 pub struct Violation {
@@ -122,13 +125,31 @@ impl Judge {
             let answer = reading.answer.expect("only answers wait");
             // What was refused is nobody's promise.
             if answer.status == 200 {
-                let events = self.deployment.events(answer.request).await;
+                let events = self.events(answer.request).await;
                 let detail = format!("request {} has none {patience:?} after all is calm", answer.request);
                 self.accuse(broken(invariants::ENDS, detail), shown(&events));
             }
         }
         self.strangers(seen).await;
         self.nothing_after().await;
+    }
+
+    /// A request's log. A server that was just restarted may not answer at once.
+    pub(super) async fn events(&self, request: RequestId) -> Vec<Recorded> {
+        let log = &self.deployment.streams.log;
+        for _ in 0..READS_MAX {
+            match log.find(request).await {
+                Ok(None) => return Vec::new(),
+                Ok(Some(name)) => {
+                    if let Ok(events) = log.read(&name, 0).await {
+                        return events;
+                    }
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+        Vec::new()
     }
 
     /// Requests whose clients never had an answer: their logs keep the promises too, but for that of an end.
@@ -142,7 +163,7 @@ impl Judge {
         };
         let known = known(&self.findings());
         for request in seen.into_iter().filter(|request| !known.contains(request)) {
-            let events = self.deployment.events(request).await;
+            let events = self.events(request).await;
             if !events.iter().any(|recorded| recorded.event.body.is_terminal()) {
                 self.findings().unacknowledged += 1;
             } else if let Err(broken) = invariants::of_log(&events).and_then(|state| self.tokens(&state)) {
@@ -155,8 +176,8 @@ impl Judge {
     async fn nothing_after(&self) {
         let ends: Vec<_> = self.findings().judged.iter().map(|judged| judged.last.clone()).collect();
         for (log, seq) in ends {
-            if self.deployment.streams.log.last_seq(&log).await.is_ok_and(|last| last != seq) {
-                let events = self.deployment.events(log.request).await;
+            if self.deployment.streams.log.last_seq(&log).await.is_ok_and(|last| last > seq) {
+                let events = self.events(log.request).await;
                 self.accuse(
                     broken(invariants::NOTHING_AFTER, format!("request {}", log.request)),
                     shown(&events),
@@ -208,7 +229,9 @@ impl Judge {
     fn tokens(&self, state: &Lifecycle) -> Result<(), Broken> {
         let asked: HashMap<_, _> =
             self.questions.iter().map(|question| (&question.prompt[..], &question.tokens[..])).collect();
-        let Some(undisturbed) = asked.get(&state.accepted.prompt[..]) else { return Ok(()) };
+        let Some(undisturbed) = asked.get(&state.accepted.prompt[..]) else {
+            return Err(broken(invariants::SAME_TOKENS, "nobody has asked that"));
+        };
         let same = invariants::of_tokens(state, undisturbed);
         if same.is_err() && !self.exact {
             self.findings().parted += 1;

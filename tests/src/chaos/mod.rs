@@ -19,6 +19,7 @@ pub mod trail;
 
 use crate::{
     Deployment,
+    deployment::shown,
     invariants::{self, broken},
     process::POLL,
 };
@@ -86,6 +87,8 @@ pub struct Options {
     pub step: Duration,
     /// Whether NATS is a cluster of three.
     pub cluster: bool,
+    /// Of how many of the longest silences the report has the logs.
+    pub slowest: usize,
 }
 
 impl Options {
@@ -95,7 +98,7 @@ impl Options {
             engine,
             faults,
             seed,
-            clients: 10,
+            clients: 16,
             gateways: 2,
             decode: 3,
             prefill: 2,
@@ -104,6 +107,7 @@ impl Options {
             tokens: 200,
             step: Duration::from_millis(15),
             cluster: false,
+            slowest: 0,
         }
     }
 }
@@ -171,8 +175,13 @@ pub async fn run(options: &Options, stop: &CancellationToken, say: impl Fn(&str)
     say(&format!("{} requests judged, {} are open", judge.findings().judged.len(), open.len()));
     judge.conclude(open, trail.requests(), CALM_PATIENCE).await;
     free(&deployment, &judge).await;
-    let hits = injector.hits.lock().expect("no panics while held");
-    Ok(Report::of(&options.engine.to_string(), options.seed, took, &hits, &judge.findings()))
+    let hits = injector.hits.lock().expect("no panics while held").clone();
+    let mut slowest = report::slowest(&hits, &judge.findings(), options.slowest);
+    for slow in &mut slowest {
+        slow.shown = shown(&judge.events(slow.request).await);
+    }
+    let report = Report::of(&options.engine.to_string(), options.seed, took, &hits, &judge.findings());
+    Ok(Report { slowest, ..report })
 }
 
 /// Settings of all processes from now on.

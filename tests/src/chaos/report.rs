@@ -10,6 +10,7 @@ use super::{
     inject::Hit,
     judge::{Findings, Judged, Violation},
 };
+use forebay_schemas::ids::RequestId;
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -62,6 +63,21 @@ pub struct Report {
     pub rolling_gap_us: u64,
     /// Promises not kept.
     pub violations: Vec<Violation>,
+    /// The longest silences, longest first, as far as they were asked for.
+    pub slowest: Vec<Slow>,
+}
+
+/// A long silence.
+#[derive(Clone, Debug)]
+pub struct Slow {
+    /// Of which fault.
+    pub hit: Hit,
+    /// How long, in microseconds.
+    pub silence_us: u64,
+    /// Whose.
+    pub request: RequestId,
+    /// Its log, for people.
+    pub shown: String,
 }
 
 impl Report {
@@ -109,6 +125,7 @@ impl Report {
             unacknowledged: findings.unacknowledged,
             rolling_gap_us,
             violations: findings.violations.clone(),
+            slowest: Vec::new(),
         }
     }
 
@@ -142,6 +159,35 @@ impl Report {
             "unacknowledged_open": self.unacknowledged, "rolling_gap_ms": ms(Some(self.rolling_gap_us)),
             "violations": self.violations.iter().map(violation).collect::<Vec<_>>(),
         })
+    }
+}
+
+/// So many of the longest silences, one a fault, without their logs.
+pub(super) fn slowest(hits: &[Hit], findings: &Findings, count: usize) -> Vec<Slow> {
+    let longest = |hit: &Hit| {
+        let silences = findings.judged.iter().filter_map(|judged| Some((silence(judged, hit)?, judged)));
+        let (silence_us, judged) = silences.max_by_key(|(silence, _)| *silence)?;
+        let request = judged.reading.answer.as_ref()?.request;
+        Some(Slow { hit: hit.clone(), silence_us, request, shown: String::new() })
+    };
+    let mut slowest: Vec<Slow> = hits.iter().filter_map(longest).collect();
+    slowest.sort_by_key(|slow| std::cmp::Reverse(slow.silence_us));
+    slowest.truncate(count);
+    slowest
+}
+
+impl fmt::Display for Slow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Slow { hit, silence_us, request, shown } = self;
+        let (at_s, at_us) = (hit.at_us / 1_000_000, hit.at_us % 1_000_000);
+        let lasted = (hit.until_us - hit.at_us) / 1000;
+        writeln!(
+            f,
+            "{} ms of silence: {} ({}) at {at_s}.{at_us:06}, over after {lasted} ms; request {request}:\n{shown}",
+            silence_us / 1000,
+            hit.kind,
+            hit.name
+        )
     }
 }
 
