@@ -133,7 +133,7 @@ async fn open(worker: &Worker, delivery: &Delivery, log: &LogRef) -> Result<LogW
             worker.bury(log, Role::Decode, None, reason, delivery.delivery).await;
             Err(Verdict::Ack)
         }
-        Err(WriteError::Missing(_)) if delivery.delivery >= NO_LOG_TRIES => {
+        Err(WriteError::Missing(_)) if delivery.delivery >= NO_LOG_TRIES && worker.has_no_log(log).await => {
             tracing::warn!(%log, "a task without a log is dropped");
             Err(Verdict::Ack)
         }

@@ -90,7 +90,8 @@ pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, computin
                 worker.answer(&delivery, Verdict::Ack).await;
             }
             Err(PrefillError::Write(WriteError::Missing(_))) => {
-                let gone = delivery.delivery >= NO_LOG_TRIES;
+                let log = LogRef { gateway: task.gateway.clone(), request: task.request };
+                let gone = delivery.delivery >= NO_LOG_TRIES && worker.has_no_log(&log).await;
                 let verdict = if gone { Verdict::Ack } else { Verdict::Later(NO_LOG_PAUSE) };
                 worker.answer(&delivery, verdict).await;
             }

@@ -287,6 +287,18 @@ impl Worker {
         }))
     }
 
+    /// Whether a log is gone, as far as several looks at it tell. A task's deliveries do not: others may have given it
+    /// back unread, and one read may be answered by a server that lags.
+    pub(crate) async fn has_no_log(&self, log: &LogRef) -> bool {
+        for _ in 0..NO_LOG_TRIES {
+            tokio::time::sleep(NO_LOG_PAUSE).await;
+            if !matches!(self.streams.log.last_seq(log).await, Ok(0)) {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Says how a delivered task went. An answer that gets lost costs a redelivery.
     pub(crate) async fn answer(&self, delivery: &Delivery, verdict: Verdict) {
         if let Err(error) = self.streams.tasks.answer(&delivery.ack_subject, verdict).await {

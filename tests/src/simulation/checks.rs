@@ -221,12 +221,16 @@ fn tokens(site: &Site, state: &Lifecycle) -> Vec<u32> {
     tokens
 }
 
-/// 6: nothing here damages memory, so that KV under its lease is whole.
+/// 6: nothing here damages memory, so that KV under its lease is whole, and KV that was read is good.
 fn sealed_bytes(events: &[Recorded]) -> Option<Violation> {
-    events.iter().find_map(|recorded| match &recorded.event.body {
-        Body::KvLost(lost) if lost.reason.contains("does not match") => {
-            Some(format!("6: {} at {}", lost.reason, recorded.seq))
-        }
-        _ => None,
+    events.iter().find_map(|Recorded { seq, event }| {
+        let reason = match &event.body {
+            Body::KvLost(lost) => &lost.reason,
+            Body::Released(released) => &released.reason,
+            Body::RequestFailed(failed) => &failed.message,
+            _ => return None,
+        };
+        let damaged = reason.contains("does not match") || reason.contains("is damaged");
+        damaged.then(|| format!("6: {reason} at {seq}"))
     })
 }

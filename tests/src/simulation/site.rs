@@ -110,7 +110,7 @@ impl Plan {
                 kv_lease: between_ms(100..=1500),
                 attempts_max: 100,
                 prefill_patience: between_ms(500..=3000),
-                grace: between_ms(100..=3000),
+                grace: between_ms(100..=6000),
                 socket_folder: PathBuf::from(folder),
             },
             gateway: GatewayConfig {
