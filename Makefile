@@ -4,7 +4,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 FOREBAY := target/release/forebay
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test chaos check audit bench clean
+.PHONY: help setup build run test simulate chaos check audit bench clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ test: ## Run all tests, those against real servers and the OpenAI client too
 	@scripts/setup.sh test
 	cargo build --release --locked --workspace
 	cargo test --release --locked --workspace
+
+simulate: ## Run ten thousand seeds of the deterministic simulation (a minute)
+	cargo build --release --locked --workspace
+	target/release/simulate $(SIMULATE)
 
 chaos: ## Kill, freeze and cut off everything under load, a thousand times with each engine (about 20 minutes)
 	@scripts/setup.sh

@@ -30,6 +30,8 @@ const ALL_TOKENS: &str = "2: no token twice, none missing";
 const SAME_TEXT: &str = "2: the client reads what the log says";
 /// Tokens are not what they must be, or of no question that was asked.
 pub const SAME_TOKENS: &str = "4: the tokens are those of an undisturbed run";
+/// A stored answer whose connection broke is read to its end at another gateway.
+pub const GOES_ON: &str = "2: a broken stream goes on at any gateway";
 const ONE_AUTHOR: &str = "3: after a newer claim, an older attempt appends nothing";
 const ONE_PREFILL: &str = "3: after a newer claim, an older prefill appends nothing";
 

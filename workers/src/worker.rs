@@ -47,6 +47,10 @@ pub(crate) const NO_LOG_TRIES: u64 = 8;
 /// Pause between them: on a cluster, the server that answered may lag behind.
 pub(crate) const NO_LOG_PAUSE: Duration = Duration::from_millis(250);
 
+/// Pause before a task that came to a worker that stops is delivered again: not at once, or its other pulls, which are
+/// not over yet, would get it.
+const BACK_PAUSE: Duration = Duration::from_millis(50);
+
 /// How often the engine is asked whether it still runs.
 const ENGINE_CHECK: Duration = Duration::from_secs(5);
 
@@ -249,7 +253,9 @@ impl Worker {
         while !stop.is_cancelled() {
             match self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait()).await {
                 // A pull is never dropped: what it brings would come again only after the ack wait.
-                Ok(Some(delivery)) if stop.is_cancelled() => self.answer(&delivery, Verdict::Nak).await,
+                Ok(Some(delivery)) if stop.is_cancelled() => {
+                    self.answer(&delivery, Verdict::Later(BACK_PAUSE)).await;
+                }
                 Ok(Some(delivery)) => return Some(delivery),
                 Ok(None) => {}
                 Err(error) => {

@@ -198,6 +198,9 @@ impl Judge {
         let Ok(events) = log.read(&name, 0).await else { return false };
         let Some(end) = events.last().filter(|last| last.event.body.is_terminal()) else { return false };
         let checked = invariants::of_log(&events).and_then(|state| {
+            if reading.resumable && reading.end == End::Broken {
+                return Err(broken(invariants::GOES_ON, format!("after {:?}", answer.text)));
+            }
             match reading.end {
                 End::Whole | End::Error if !excused(&state, answer) => invariants::of_answer(&state, answer)?,
                 _ => invariants::of_part(&state, answer)?,

@@ -122,7 +122,7 @@ impl Asker {
         if !ask.stream || response.status() != 200 {
             return Reading::whole(gateway, response).await;
         }
-        let mut stream = Stream::new(gateway, response);
+        let mut stream = Stream::new(gateway, response, ask.stored);
         loop {
             let end = tokio::select! {
                 end = stream.read() => end,
@@ -135,7 +135,7 @@ impl Asker {
         }
     }
 
-    /// Finds a gateway that has the rest of a broken stream. False if there is none: then only its log is checked.
+    /// Finds a gateway that has the rest of a broken stream. False if there is none.
     async fn resume(&self, http: &reqwest::Client, dice: &mut Dice, stream: &mut Stream) -> bool {
         let request = stream.reading.answer.as_ref().expect("a stream has an answer").request;
         let last_id = stream.last_id.clone().unwrap_or_else(|| format!("{request}/0"));
@@ -146,7 +146,6 @@ impl Asker {
                     stream.resume(response);
                     return true;
                 }
-                Rest::Unsupported => return false,
                 Rest::NotNow => tokio::time::sleep(PAUSE).await,
             }
         }

@@ -40,6 +40,8 @@ pub struct Reading {
     pub times_us: Vec<u64>,
     /// How it ended.
     pub end: End,
+    /// A stream that any gateway can go on with.
+    pub resumable: bool,
     /// How often a broken stream went on at another gateway.
     pub resumed: u32,
 }
@@ -48,8 +50,6 @@ pub struct Reading {
 pub(super) enum Rest {
     /// It comes.
     Comes(reqwest::Response),
-    /// Gateways can't do that.
-    Unsupported,
     /// Not here, not now.
     NotNow,
 }
@@ -82,7 +82,6 @@ pub(super) async fn rest(http: &reqwest::Client, gateway: &str, request: Request
     let asked = http.get(url).header("last-event-id", last_id).timeout(PATIENCE).send().await;
     match asked.map(|response| (response.status().as_u16(), response)) {
         Ok((200, response)) => Rest::Comes(response),
-        Ok((404 | 405, _)) => Rest::Unsupported,
         Ok(_) | Err(_) => Rest::NotNow,
     }
 }
@@ -90,7 +89,14 @@ pub(super) async fn rest(http: &reqwest::Client, gateway: &str, request: Request
 impl Reading {
     /// Nothing.
     pub(super) fn nothing(gateway: &str, end: End) -> Reading {
-        Reading { gateway: gateway.to_owned(), answer: None, times_us: Vec::new(), end, resumed: 0 }
+        Reading {
+            gateway: gateway.to_owned(),
+            answer: None,
+            times_us: Vec::new(),
+            end,
+            resumable: false,
+            resumed: 0,
+        }
     }
 
     /// A whole answer at once.
@@ -122,8 +128,8 @@ impl Reading {
 
 impl Stream {
     /// A stream that begins.
-    pub(super) fn new(gateway: &str, response: reqwest::Response) -> Stream {
-        let mut reading = Reading::nothing(gateway, End::Broken);
+    pub(super) fn new(gateway: &str, response: reqwest::Response, resumable: bool) -> Stream {
+        let mut reading = Reading { resumable, ..Reading::nothing(gateway, End::Broken) };
         reading.answer = Some(begun(&response));
         Stream { reading, response, unread: Vec::new(), last_id: None }
     }
