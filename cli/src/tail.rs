@@ -8,6 +8,7 @@ use crate::{
 };
 use clap::{Args, builder::PossibleValuesParser};
 use forebay_schemas::{
+    event::Body,
     export,
     ids::{RequestId, WorkerId},
 };
@@ -17,22 +18,6 @@ use forebay_streams::{
 };
 use futures::StreamExt;
 use known::{Known, Requests};
-
-const EVENTS: [&str; 13] = [
-    "RequestAccepted",
-    "Claimed",
-    "PrefillQueued",
-    "PrefillClaimed",
-    "KvReady",
-    "PrefillCompleted",
-    "KvTransferred",
-    "KvLost",
-    "TokensGenerated",
-    "Released",
-    "RequestCompleted",
-    "RequestFailed",
-    "RequestCancelled",
-];
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
@@ -55,7 +40,7 @@ pub(crate) struct TailArgs {
     #[arg(long, value_name = "ID", help_heading = FILTERS)]
     worker: Option<WorkerId>,
     /// Only events of this name.
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(EVENTS), help_heading = FILTERS)]
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Body::NAMES), help_heading = FILTERS)]
     event: Vec<String>,
     /// One JSON object a line, as `forebay log --json`.
     #[arg(long)]

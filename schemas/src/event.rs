@@ -90,6 +90,26 @@ pub struct RequestAccepted {
     pub echo: Option<serde_json::Value>,
 }
 
+impl RequestAccepted {
+    /// A plain chat: greedy, with a minute to its end. For tools and tests.
+    pub fn greedy(model: &str, prompt: Vec<u32>, max_tokens: u32) -> RequestAccepted {
+        RequestAccepted {
+            model: model.to_owned(),
+            endpoint: "chat.completions".to_owned(),
+            prompt,
+            sampling: Sampling::GREEDY,
+            max_tokens,
+            stop: Vec::new(),
+            ignore_eos: false,
+            timeout_ms: 60_000,
+            detached: false,
+            stored: false,
+            fingerprint: None,
+            echo: None,
+        }
+    }
+}
+
 /// A decode worker's claim.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Claimed {
@@ -276,6 +296,23 @@ pub struct RequestCancelled {
 }
 
 impl Body {
+    /// The names of all events, in the order of a request's life.
+    pub const NAMES: [&'static str; 13] = [
+        "RequestAccepted",
+        "Claimed",
+        "PrefillQueued",
+        "PrefillClaimed",
+        "KvReady",
+        "PrefillCompleted",
+        "KvTransferred",
+        "KvLost",
+        "TokensGenerated",
+        "Released",
+        "RequestCompleted",
+        "RequestFailed",
+        "RequestCancelled",
+    ];
+
     /// The name of the event, as in its header.
     pub fn name(&self) -> &'static str {
         match self {

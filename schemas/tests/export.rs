@@ -117,11 +117,8 @@ proptest! {
         tokens: Vec<u32>,
     ) {
         let accepted = RequestAccepted {
-            model: text.clone(),
             endpoint: "responses".into(),
-            prompt,
             sampling: Sampling { temperature, top_p, top_k: 3, seed },
-            max_tokens: 4,
             stop,
             ignore_eos: true,
             timeout_ms,
@@ -129,6 +126,7 @@ proptest! {
             stored: true,
             fingerprint: Some(text.clone()),
             echo: serde_json::Number::from_f64(echo).map(serde_json::Value::Number),
+            ..RequestAccepted::greedy(&text, prompt, 4)
         };
         let generated = TokensGenerated { first_index: u32::MAX, tokens, text };
         let bodies = [Body::RequestAccepted(accepted), Body::TokensGenerated(generated)];

@@ -172,6 +172,15 @@ fn events() -> Vec<(String, Event)> {
 }
 
 #[test]
+fn the_list_of_names_is_complete() {
+    let mut names: Vec<_> = every_body().iter().map(Body::name).collect();
+    let mut listed = Body::NAMES.to_vec();
+    names.sort_unstable();
+    listed.sort_unstable();
+    assert_eq!(names, listed);
+}
+
+#[test]
 fn frozen_events_decode_and_encode() {
     for (file, event) in events() {
         let bytes = golden(&file, || hex(&wire::encode(&event)));

@@ -9,7 +9,6 @@ use forebay_schemas::{
     ids::{RequestId, WorkerId},
     kv::{KvDtype, KvGeometry, KvHandle, KvLayout, LayoutHash, TokenRange},
     lifecycle::{Illegal, Lifecycle, Phase},
-    sampling::Sampling,
 };
 use proptest::{collection::vec, prelude::*, sample::Index};
 
@@ -81,20 +80,8 @@ fn event(attempt: u32, body: Body) -> Event {
 }
 
 fn accepted() -> Event {
-    let accepted = RequestAccepted {
-        model: "demo".into(),
-        endpoint: "chat.completions".into(),
-        prompt: vec![1, 2, 3],
-        sampling: Sampling::GREEDY,
-        max_tokens: 100,
-        stop: Vec::new(),
-        ignore_eos: false,
-        timeout_ms: 1000,
-        detached: false,
-        stored: false,
-        fingerprint: None,
-        echo: None,
-    };
+    let accepted =
+        RequestAccepted { timeout_ms: 1000, ..RequestAccepted::greedy("demo", vec![1, 2, 3], 100) };
     event(0, Body::RequestAccepted(accepted))
 }
 

@@ -6,7 +6,6 @@ use forebay_schemas::{
     event::{Body, Claimed, Event, RequestAccepted, RequestCancelled, TokensGenerated},
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
     kv::LayoutHash,
-    sampling::Sampling,
     task::{DecodeTask, Role, Task},
 };
 use forebay_streams::{
@@ -110,20 +109,7 @@ fn worker(name: &str) -> WorkerId {
 }
 
 fn accepted() -> RequestAccepted {
-    RequestAccepted {
-        model: "demo".into(),
-        endpoint: "chat.completions".into(),
-        prompt: vec![1, 2, 3],
-        sampling: Sampling::GREEDY,
-        max_tokens: 1000,
-        stop: vec![],
-        ignore_eos: false,
-        timeout_ms: 60_000,
-        detached: false,
-        stored: false,
-        fingerprint: None,
-        echo: None,
-    }
+    RequestAccepted::greedy("demo", vec![1, 2, 3], 1000)
 }
 
 fn claim(name: &str) -> Body {

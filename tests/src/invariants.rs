@@ -172,25 +172,11 @@ mod tests {
     use forebay_schemas::{
         event::{Claimed, Event, FinishReason, RequestAccepted, RequestCompleted, TokensGenerated, Usage},
         ids::{RequestId, WorkerId},
-        sampling::Sampling,
     };
 
     fn log(bodies: impl IntoIterator<Item = (u32, Body)>) -> Vec<Recorded> {
         let request = RequestId::new();
-        let accepted = Body::RequestAccepted(RequestAccepted {
-            model: "m".into(),
-            endpoint: "chat.completions".into(),
-            prompt: vec![1, 2],
-            sampling: Sampling::GREEDY,
-            max_tokens: 3,
-            stop: vec![],
-            ignore_eos: false,
-            timeout_ms: 1000,
-            detached: false,
-            stored: false,
-            fingerprint: None,
-            echo: None,
-        });
+        let accepted = Body::RequestAccepted(RequestAccepted::greedy("m", vec![1, 2], 3));
         let bodies = [(0, accepted)].into_iter().chain(bodies);
         (1..)
             .zip(bodies)

@@ -4,7 +4,6 @@ use forebay_kernels::Region;
 use forebay_schemas::{
     event::{Body, Claimed, FailureCode, FinishReason, RequestAccepted, TokensGenerated},
     ids::{GatewayId, RequestId, WorkerId},
-    sampling::Sampling,
     task::{DecodeTask, Role},
 };
 use forebay_streams::{Streams, follow::Follow, log::LogRef, memory, tasks::enqueue, writer::LogWriter};
@@ -24,18 +23,8 @@ const POSITIONS: u32 = 16;
 
 fn accepted(prompt: u32, max_tokens: u32) -> RequestAccepted {
     RequestAccepted {
-        model: "test".into(),
-        endpoint: "chat.completions".into(),
-        prompt: (10..10 + prompt).collect(),
-        sampling: Sampling::GREEDY,
-        max_tokens,
-        stop: vec![],
         ignore_eos: true,
-        timeout_ms: 60_000,
-        detached: false,
-        stored: false,
-        fingerprint: None,
-        echo: None,
+        ..RequestAccepted::greedy("test", (10..10 + prompt).collect(), max_tokens)
     }
 }
 

@@ -4,7 +4,6 @@ use forebay_schemas::{
     event::{Body, Claimed, Event, FinishReason, RequestAccepted, TokensGenerated},
     ids::{RequestId, WorkerId},
     lifecycle::Lifecycle,
-    sampling::Sampling,
 };
 use forebay_workers::output::OutputText;
 use proptest::{collection::vec, prelude::*};
@@ -40,18 +39,9 @@ impl Ask {
     /// The log of a request of which so much was generated.
     fn log(&self, tokens: &[u32], text: &str) -> Lifecycle {
         let accepted = RequestAccepted {
-            model: "demo".into(),
-            endpoint: "chat.completions".into(),
-            prompt: vec![1],
-            sampling: Sampling::GREEDY,
-            max_tokens: self.max_tokens,
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
-            timeout_ms: 1000,
-            detached: false,
-            stored: false,
-            fingerprint: None,
-            echo: None,
+            ..RequestAccepted::greedy("demo", vec![1], self.max_tokens)
         };
         let claimed = Claimed {
             worker: WorkerId::new("worker").unwrap(),

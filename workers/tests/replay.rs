@@ -35,18 +35,9 @@ fn onnx() -> OnnxEngine {
 
 fn log(sampling: &Sampling, tokens: &[u32]) -> Lifecycle {
     let accepted = RequestAccepted {
-        model: "demo".into(),
-        endpoint: "chat.completions".into(),
-        prompt: PROMPT.to_vec(),
         sampling: sampling.clone(),
-        max_tokens: 12,
-        stop: Vec::new(),
         ignore_eos: true,
-        timeout_ms: 1000,
-        detached: false,
-        stored: false,
-        fingerprint: None,
-        echo: None,
+        ..RequestAccepted::greedy("demo", PROMPT.to_vec(), 12)
     };
     let claimed = Claimed {
         worker: WorkerId::new("worker").unwrap(),

@@ -174,23 +174,12 @@ mod tests {
         event::{Body, Event, RequestAccepted, TokensGenerated},
         ids::RequestId,
         openai::ChatChunk,
-        sampling::Sampling,
     };
 
     fn state() -> Lifecycle {
         let accepted = RequestAccepted {
-            model: "Qwen/\"3\"".into(),
-            endpoint: "chat.completions".into(),
-            prompt: vec![1],
-            sampling: Sampling::GREEDY,
-            max_tokens: 3,
-            stop: vec![],
-            ignore_eos: false,
-            timeout_ms: 1,
-            detached: false,
-            stored: false,
-            fingerprint: None,
             echo: Some(serde_json::json!({ "system_fingerprint": "fb_1" })),
+            ..RequestAccepted::greedy("Qwen/\"3\"", vec![1], 3)
         };
         let request = RequestId::from_parts(0, &[0; 10]);
         let event = Event {

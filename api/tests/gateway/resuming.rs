@@ -9,7 +9,6 @@ use forebay_schemas::{
     event::{Body, FailureCode, FinishReason, RequestAccepted, RequestFailed},
     ids::{GatewayId, RequestId},
     openai::ErrorEnvelope,
-    sampling::Sampling,
 };
 use forebay_streams::{log::LogRef, writer::LogWriter};
 use serde_json::json;
@@ -145,18 +144,10 @@ async fn who_reads_a_request_past_its_deadline_ends_it() {
     let site = Site::start().await;
     let log = LogRef { gateway: GatewayId::new("gw-dead").unwrap(), request: RequestId::new() };
     let accepted = RequestAccepted {
-        model: "demo".into(),
-        endpoint: "chat.completions".into(),
-        prompt: vec![1],
-        sampling: Sampling::GREEDY,
-        max_tokens: 3,
-        stop: vec![],
-        ignore_eos: false,
         timeout_ms: 200,
         detached: true,
         stored: true,
-        fingerprint: None,
-        echo: None,
+        ..RequestAccepted::greedy("demo", vec![1], 3)
     };
     LogWriter::create(site.streams.log.clone(), log.clone(), accepted).await.unwrap();
     let began = Instant::now();

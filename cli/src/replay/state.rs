@@ -89,25 +89,11 @@ mod tests {
         event::{FailureCode, RequestAccepted, RequestFailed},
         export::{FORMAT, Header, ModelFacts, VERSION},
         ids::RequestId,
-        sampling::Sampling,
     };
 
     fn export() -> Export {
         let request: RequestId = "019ab3c4d5e67f80a1b2c3d4e5f60718".parse().unwrap();
-        let accepted = RequestAccepted {
-            model: "demo".into(),
-            endpoint: "chat.completions".into(),
-            prompt: vec![1, 2, 3],
-            sampling: Sampling::GREEDY,
-            max_tokens: 9,
-            stop: Vec::new(),
-            ignore_eos: false,
-            timeout_ms: 1000,
-            detached: false,
-            stored: false,
-            fingerprint: None,
-            echo: None,
-        };
+        let accepted = RequestAccepted::greedy("demo", vec![1, 2, 3], 9);
         let header = Header {
             format: FORMAT.into(),
             version: VERSION,
