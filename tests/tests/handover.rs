@@ -164,3 +164,45 @@ async fn the_last_worker_leaves_the_rest_to_the_log() {
     assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&next.id)));
     assert_eq!(state.tokens, undisturbed.tokens);
 }
+
+/// Every worker is replaced while answers stream: nobody reads an error, and nothing is computed twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_under_load_is_not_noticed() {
+    let mut deployment = deployment().await;
+    deployment.simulate(STEP);
+    let (workers, prefill, gateway) = two_and_a_prefill(&deployment).await;
+    let undisturbed = deployment.check(&gateway.client.ask(&chat()).await).await;
+    let ask = async || gateway.client.stream(&chat()).await;
+    let (mut one, two, three) = tokio::join!(ask(), ask(), ask());
+    one.read_text(20).await;
+    let mut replacements = Vec::new();
+    for mut old in workers.into_iter().chain([prefill]) {
+        let role = if old.id.as_str().starts_with("prefill") { Role::Prefill } else { Role::Decode };
+        replacements.push(deployment.worker(role, &[]).await);
+        old.terminate();
+        assert!(old.process.ended().await.success());
+    }
+    let (one, two, three) = tokio::join!(one.rest(), two.rest(), three.rest());
+    for answer in [one, two, three] {
+        let state = deployment.check(&answer).await;
+        assert_eq!((&state.phase, &state.tokens), (&Phase::Completed, &undisturbed.tokens));
+        assert!(state.attempt >= 2, "it outlived a worker");
+        let events = deployment.events(answer.request).await;
+        assert_eq!(count(&events, |body| matches!(body, Body::KvLost(_))), 0);
+        assert_eq!(count(&events, |body| matches!(body, Body::PrefillQueued(_))), 1, "no second prefill");
+    }
+    deployment.all_slots_free().await;
+    nothing_is_held(&gateway).await;
+}
+
+/// The gauges of what is held are there, and all zero.
+async fn nothing_is_held(gateway: &Gateway) {
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let metrics = http.get(format!("{}/metrics", gateway.url)).send().await.expect("an answer");
+    let metrics = metrics.text().await.expect("a text");
+    for gauge in ["forebay_slots_busy{", "forebay_kv_leases{", "forebay_requests_in_flight{"] {
+        let lines: Vec<&str> = metrics.lines().filter(|line| line.starts_with(gauge)).collect();
+        assert!(!lines.is_empty(), "no {gauge} in\n{metrics}");
+        assert!(lines.iter().all(|line| line.ends_with(" 0")), "{lines:?}");
+    }
+}

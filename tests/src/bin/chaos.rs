@@ -3,7 +3,7 @@
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use forebay_streams::environment;
-use forebay_tests::chaos::{self, Engine, Options};
+use forebay_tests::chaos::{self, Engine, Options, fault::Fault};
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +41,12 @@ struct Arguments {
     /// Faults that go on at the same time.
     #[arg(long, default_value_t = 4, value_name = "N")]
     at_once: usize,
+    /// Only faults of kinds with this in their names, such as `killed` or `decode worker frozen`; may be repeated
+    #[arg(long, value_name = "KIND", value_parser = kind)]
+    only: Vec<String>,
+    /// Milliseconds of calm after each fault: with `--at-once 1`, what each costs by itself
+    #[arg(long, default_value_t = 0, value_name = "MS")]
+    pause_ms: u64,
     /// Milliseconds of a simulated decode step.
     #[arg(long, default_value_t = 15, value_name = "MS")]
     step_ms: u64,
@@ -62,6 +68,15 @@ enum EngineArg {
     Both,
 }
 
+/// Part of the name of a kind of fault.
+fn kind(text: &str) -> Result<String, String> {
+    let kinds = Fault::kinds();
+    match kinds.iter().any(|kind| kind.contains(text)) {
+        true => Ok(text.to_owned()),
+        false => Err(format!("there is none; the kinds are: {}", kinds.join(", "))),
+    }
+}
+
 impl Arguments {
     fn options(&self, engine: Engine, seed: u64) -> Options {
         Options {
@@ -70,6 +85,8 @@ impl Arguments {
             decode: self.decode.max(1),
             prefill: self.prefill,
             at_once: self.at_once.max(1),
+            only: self.only.clone(),
+            pause: Duration::from_millis(self.pause_ms),
             step: Duration::from_millis(self.step_ms),
             cluster: self.cluster,
             slowest: self.slowest,
@@ -80,10 +97,18 @@ impl Arguments {
     /// How to run one engine again.
     fn again(&self, engine: Engine, seed: u64) -> String {
         let cluster = if self.cluster { " --cluster" } else { "" };
+        let only: String = self.only.iter().map(|kind| format!(" --only '{kind}'")).collect();
         format!(
             "cargo run --release -p forebay-tests --bin chaos -- --engine {engine} --seed {seed} --faults {} --clients {} \
-             --gateways {} --decode {} --prefill {} --at-once {} --step-ms {}{cluster}",
-            self.faults, self.clients, self.gateways, self.decode, self.prefill, self.at_once, self.step_ms
+             --gateways {} --decode {} --prefill {} --at-once {} --step-ms {} --pause-ms {}{only}{cluster}",
+            self.faults,
+            self.clients,
+            self.gateways,
+            self.decode,
+            self.prefill,
+            self.at_once,
+            self.step_ms,
+            self.pause_ms
         )
     }
 }

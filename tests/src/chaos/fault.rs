@@ -1,7 +1,7 @@
 //! What can go wrong, and how it is drawn.
 
 use super::dice::Dice;
-use std::{fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, time::Duration};
 
 /// A kind of process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,6 +67,13 @@ const MOMENTS: [&str; 7] = [
 const PREFILL_MOMENTS: [&str; 4] = ["PrefillClaimed", "KvReady", "PrefillCompleted", "KvTransferred"];
 
 impl Fault {
+    /// The names of all kinds.
+    pub fn kinds() -> Vec<String> {
+        let mut dice = Dice::new(7);
+        let kinds: BTreeSet<String> = (0..2000).map(|_| Fault::draw(&mut dice).to_string()).collect();
+        kinds.into_iter().collect()
+    }
+
     /// Draws one. Half of those that happen to a process are aimed.
     pub fn draw(dice: &mut Dice) -> Fault {
         match dice.within(0..100) {
@@ -140,9 +147,6 @@ mod tests {
         };
         assert_eq!(draw(7), draw(7));
         assert_ne!(draw(7), draw(8));
-        let mut kinds: Vec<String> = draw(7).iter().map(Fault::to_string).collect();
-        kinds.sort();
-        kinds.dedup();
-        assert_eq!(kinds.len(), 3 * 6 + 1 + 2 + 1, "{kinds:?}");
+        assert_eq!(Fault::kinds().len(), 3 * 6 + 1 + 2 + 1, "{:?}", Fault::kinds());
     }
 }

@@ -79,6 +79,10 @@ pub struct Options {
     pub prefill: usize,
     /// Faults that go on at the same time.
     pub at_once: usize,
+    /// Only faults of kinds with one of these in their names; all, if there are none.
+    pub only: Vec<String>,
+    /// Calm after each fault.
+    pub pause: Duration,
     /// Different questions.
     pub questions: usize,
     /// The longest answer, in tokens.
@@ -103,6 +107,8 @@ impl Options {
             decode: 3,
             prefill: 2,
             at_once: 4,
+            only: Vec::new(),
+            pause: Duration::ZERO,
             questions: 24,
             tokens: 200,
             step: Duration::from_millis(15),
@@ -214,6 +220,17 @@ async fn undisturbed(deployment: &Deployment, options: &Options, dice: &mut Dice
     questions.into()
 }
 
+/// Draws a fault of the kinds that are wanted.
+fn draw(dice: &mut Dice, only: &[String]) -> Fault {
+    loop {
+        let fault = Fault::draw(dice);
+        let kind = fault.to_string();
+        if only.is_empty() || only.iter().any(|wanted| kind.contains(wanted.as_str())) {
+            return fault;
+        }
+    }
+}
+
 /// Injects one fault after the other, some at the same time.
 async fn harm(
     injector: &Arc<Injector>,
@@ -229,8 +246,13 @@ async fn harm(
     let broken = || !injector.judge.findings().violations.is_empty();
     while left > 0 && !stop.is_cancelled() && !broken() {
         while left > 0 && under_way.len() < options.at_once {
-            let (injector, fault, dice) = (injector.clone(), Fault::draw(dice), dice.fork());
-            under_way.spawn(async move { injector.inject(fault, dice).await });
+            let fault = draw(dice, &options.only);
+            let (injector, dice, pause) = (injector.clone(), dice.fork(), options.pause);
+            under_way.spawn(async move {
+                injector.inject(fault, dice).await?;
+                tokio::time::sleep(pause).await;
+                Ok::<_, anyhow::Error>(())
+            });
             left -= 1;
         }
         tokio::select! {
@@ -274,7 +296,8 @@ async fn free(deployment: &Deployment, judge: &Judge) {
     // What a lease says is as old as its last renewal.
     tokio::time::sleep(crate::deployment::LEASE / 2).await;
     let mut workers = deployment.registered();
-    let all_free = workers.wait_for(|all| all.values().all(|lease| lease.free_slots == lease.slots));
+    let all_free = workers
+        .wait_for(|all| all.values().all(|lease| lease.free_slots == lease.slots && lease.kv_leases == 0));
     if tokio::time::timeout(give_up.saturating_duration_since(Instant::now()), all_free).await.is_err() {
         let busy =
             deployment.registered().borrow().values().map(|lease| format!("{lease:?}\n")).collect::<String>();
