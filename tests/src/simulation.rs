@@ -92,7 +92,7 @@ async fn simulated(seed: u64, options: Options) -> Outcome {
     let limits = memory::Limits {
         queue_max: if chance::chance(100) { 2 } else { 4096 },
         ack_wait: between_ms(600..=3000),
-        max_deliver: if chance::chance(300) { between(5..=20) } else { 100 },
+        max_deliver: if chance::chance(400) { between(5..=20) } else { 100 },
         lease_time: between_ms(600..=2000),
     };
     let weather = Weather::draw();

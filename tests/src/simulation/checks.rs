@@ -26,6 +26,9 @@ use std::{collections::BTreeMap, time::Duration};
 /// for one that began before, and the pauses of a slow client.
 const TOLD_MAX: Duration = Duration::from_secs(16);
 
+/// How requests end that were tried as often as they may be.
+const GIVEN_UP: [FailureCode; 2] = [FailureCode::EngineFailed, FailureCode::TooManyAttempts];
+
 /// A promise that was not kept, in words.
 pub(super) type Violation = String;
 
@@ -58,6 +61,10 @@ pub(super) async fn unfinished(site: &Site, logs: &Logs) -> Option<Violation> {
         if !events.iter().any(|recorded| recorded.event.body.is_terminal()) && !is_orphan(site, log, events) {
             return Some(format!("1: {log} has not ended"));
         }
+    }
+    let letters = site.world.streams.dead_letters.list().await.expect("memory answers");
+    if let Some(problem) = unburied(site, logs, &letters) {
+        return Some(problem);
     }
     let workers = site.world.streams.registry.workers().await.expect("memory answers").borrow().clone();
     for gateway in site.gateways() {
@@ -193,30 +200,36 @@ fn buried(
     let mut found = Vec::new();
     for letter in letters {
         let failed = states.get(&letter.request).and_then(|state| state.failure.as_ref());
-        let same = letter.code.is_none() || letter.code == failed.map(|failed| failed.code);
+        let same = letter
+            .code
+            .is_none_or(|code| GIVEN_UP.contains(&code) && Some(code) == failed.map(|failed| failed.code));
         if !same {
             let found_instead = format!("{}: {letter:?}, but the log says {failed:?}", letter.request);
             found.push(found_instead);
         }
     }
+    found.extend(unburied(site, logs, letters));
+    found
+}
+
+/// What was tried as often as it may be, and has no dead letter. Workers keep them as far as that is possible, since the
+/// log has the rest; gateways do not rest until it is done.
+fn unburied(site: &Site, logs: &Logs, letters: &[DeadLetter]) -> Option<Violation> {
     let record = site.world.record();
-    for (log, events) in logs {
-        let Some(Recorded { seq, event }) = events.last() else { continue };
-        let Body::RequestFailed(failed) = &event.body else { continue };
-        if !matches!(failed.code, FailureCode::EngineFailed | FailureCode::TooManyAttempts) {
-            continue;
+    logs.iter().find_map(|(log, events)| {
+        let Recorded { seq, event } = events.last()?;
+        let Body::RequestFailed(failed) = &event.body else { return None };
+        if !GIVEN_UP.contains(&failed.code) {
+            return None;
         }
-        // Letters are kept as far as that is possible: the log has the rest.
-        let lost = record.unburied.contains(&log.request)
-            || record.stored.get(seq).is_none_or(|(_, by)| record.gone.contains(by));
+        let (_, by) = record.stored.get(seq)?;
+        let lost = !by.starts_with("gateway")
+            && (record.unburied.contains(&log.request) || record.gone.contains(by));
         let kept = letters.iter().any(|letter| {
             letter.request == log.request && letter.role == Role::Decode && letter.code == Some(failed.code)
         });
-        if !kept && !lost {
-            found.push(format!("{log}: {failed:?}, and there is no dead letter"));
-        }
-    }
-    found
+        (!kept && !lost).then(|| format!("{log}: {failed:?} by {by}, and there is no dead letter"))
+    })
 }
 
 /// Nobody cancels what goes on without its client.

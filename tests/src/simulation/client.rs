@@ -278,6 +278,9 @@ impl Read {
             () = read => Ending::Whole,
             () = leaves => Ending::Left,
         };
+        if self.done || self.logged {
+            self.ending = Ending::Whole;
+        }
     }
 
     /// An answer begins. True if it only says that there is none, to a client that was accepted before.

@@ -99,7 +99,8 @@ impl Plan {
         let us = |most: u64| between(1..=most) as f64 * 1000.0;
         let request_timeout = if chance(700) { between_ms(20_000..=60_000) } else { between_ms(500..=5000) };
         let poison = chance(300).then(Poison::draw);
-        let attempts_max = if poison.is_some() || chance(200) { between(2..=5) as u32 } else { 100 };
+        let few = chance(if poison.is_some() { 600 } else { 200 });
+        let attempts_max = if few { between(2..=5) as u32 } else { 100 };
         Plan {
             gateways: between(1..=2),
             decoders: between(1..=3),
