@@ -120,14 +120,16 @@ impl Plan {
         if streams && chance(500) {
             body["stream_options"] = json!({ "include_usage": true });
         }
-        let leaves = if stored || key.is_some() { below(4) } else { u64::from(chance(200)) };
+        let leaves = if stored || key.is_some() { below(6) } else { u64::from(chance(200)) };
+        // In the midst of an answer, or while it waits.
+        let patience = || if chance(700) { between_ms(0..=150) } else { between_ms(0..=3000) };
         Plan {
             begin: Duration::from_millis(below(storm.as_millis() as u64)),
             body,
             streams,
             twin: key.is_some() && chance(600),
             key,
-            leaves: (0..leaves).map(|_| between_ms(0..=3000)).collect(),
+            leaves: (0..leaves).map(|_| patience()).collect(),
             slow: if chance(100) { between_ms(1..=300) } else { Duration::ZERO },
         }
     }
@@ -155,14 +157,18 @@ impl Plan {
             let gateway = site.any_gateway().await;
             read.asked = Instant::now();
             let way = read.way();
+            if way != Way::Post && read.last_id.is_some() {
+                site.world.count("stream resumed after an event");
+            }
             read.connect(&gateway, self.request(way, &read), leaves.next(), self.slow).await;
             read.ended = Instant::now();
             site.world.trace(|| format!("client: {way:?} at {}: {read:?}", gateway.name));
             if !read.comes_back() {
                 return read;
             }
-            site.world.count(if way == Way::Post { "asked again" } else { "stream resumed" });
-            tokio::time::sleep(between_ms(0..=1500)).await;
+            site.world.count("client comes back");
+            let pause = if chance(500) { 100 } else { 1500 };
+            tokio::time::sleep(between_ms(0..=pause)).await;
         }
     }
 
