@@ -46,7 +46,12 @@ async fn settle_one(streams: &Streams, spent: &Spent) -> Result<(), WriteError> 
     let reason = format!("its {} task was delivered {} times", spent.role.as_str(), spent.deliveries);
     let code = match LogWriter::open(streams.log.clone(), log.clone()).await {
         Ok(writer) if writer.state().phase.is_terminal() => {
-            return Ok(streams.dead_letters.settle(spent).await?);
+            let given_up = RequestFailed { code: FailureCode::TooManyAttempts, message: reason.clone() };
+            if writer.state().failure.as_ref() != Some(&given_up) {
+                return Ok(streams.dead_letters.settle(spent).await?);
+            }
+            // Ended here, or by a gateway that died, before its letter was kept.
+            Some(given_up.code)
         }
         Ok(writer) => end(writer, spent.role, reason.clone()).await?,
         Err(WriteError::Missing(_) | WriteError::Corrupt { .. }) => None,
@@ -81,8 +86,9 @@ async fn end(mut writer: LogWriter, role: Role, reason: String) -> Result<Option
     };
     match writer.append(body).await {
         Ok(()) => Ok(code),
-        // It went on in this very moment.
-        Err(WriteError::Overtaken { .. }) => Ok(None),
+        // The decode worker goes on without it.
+        Err(WriteError::Overtaken { .. }) if role == Role::Prefill => Ok(None),
+        // It went on in this very moment, and has time to end until the task is found again. Nobody else gets it.
         Err(error) => Err(error),
     }
 }

@@ -110,6 +110,7 @@ impl Running {
         let log = LogRef { gateway: gateway.config.gateway.clone(), request };
         let timeout = Duration::from_millis(accepted.timeout_ms);
         let meter = model.meters.request(began, accepted.prompt.len());
+        let has_key = accepted.fingerprint.is_some();
         let events = batches(recorded(gateway.hub.follow(request, 0)));
         // Before the log begins: if the client goes while it does, somebody must still end it.
         let mut keeper = Keeper::spawn(gateway, log.clone(), timeout, accepted.detached, permit);
@@ -122,7 +123,7 @@ impl Running {
             Err(error) => {
                 match error {
                     AppendError::Unavailable(_) => {
-                        keeper.abandon("the gateway can't tell whether it is in the log");
+                        keeper.refused("the gateway can't tell whether it is in the log", has_key);
                     }
                     _ => keeper.ended(),
                 }
@@ -133,7 +134,7 @@ impl Running {
             let failed = RequestFailed { code: FailureCode::QueueUnavailable, message: error.to_string() };
             match writer.append(Body::RequestFailed(failed)).await {
                 Ok(()) => keeper.ended(),
-                Err(_) => keeper.abandon("the queue did not take the request"),
+                Err(_) => keeper.refused("the queue did not take the request", has_key),
             }
             return Err(NotStarted::Refused(ApiError::from(&error)));
         }

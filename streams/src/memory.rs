@@ -128,8 +128,8 @@ struct State {
     deliveries: u64,
     blobs: BTreeMap<String, Bytes>,
     letters: Vec<DeadLetter>,
-    /// Tasks that were delivered as often as they may be, and whether somebody has found them.
-    spent: BTreeMap<u64, (Spent, bool)>,
+    /// Tasks that were delivered as often as they may be, and when somebody may find them (again).
+    spent: BTreeMap<u64, (Spent, Instant)>,
 }
 
 #[derive(Default)]
@@ -195,7 +195,8 @@ impl Memory {
             if task.deliveries >= self.limits.max_deliver {
                 let receipt = Receipt { ack_subject: String::new(), seq: number };
                 let (payload, deliveries) = (task.payload, task.deliveries);
-                spent.insert(number, (Spent { role, payload, deliveries, receipt }, false));
+                spent.insert(number, (Spent { role, payload, deliveries, receipt }, now));
+                self.work.notify_waiters();
                 continue;
             }
             task.deliveries += 1;
@@ -270,19 +271,24 @@ impl DeadLetters for Memory {
 
     async fn spent(&self, wait: Duration) -> Result<Option<Spent>, StreamError> {
         let find = || {
-            let mut state = self.state();
-            let (spent, found) = state.spent.values_mut().find(|(_, found)| !found)?;
-            *found = true;
-            Some(spent.clone())
+            let (mut state, now) = (self.state(), Instant::now());
+            if let Some((spent, from)) = state.spent.values_mut().find(|(_, from)| *from <= now) {
+                *from = now + self.limits.ack_wait;
+                return Ok(spent.clone());
+            }
+            Err(state.spent.values().map(|(_, from)| *from).min())
         };
         let deadline = Instant::now() + wait;
         loop {
             let news = self.work.notified();
-            if let Some(spent) = find() {
-                return Ok(Some(spent));
-            }
-            if tokio::time::timeout_at(deadline, news).await.is_err() {
-                return Ok(find());
+            let next_due = match find() {
+                Ok(spent) => return Ok(Some(spent)),
+                Err(next_due) => next_due,
+            };
+            let until = next_due.unwrap_or(deadline).min(deadline);
+            let woken = tokio::time::timeout_at(until, news).await.is_ok();
+            if !woken && until == deadline {
+                return Ok(None);
             }
         }
     }

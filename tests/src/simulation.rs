@@ -11,6 +11,7 @@ mod many;
 mod mutation;
 mod network;
 mod panics;
+mod poison;
 mod site;
 mod weather;
 mod world;
@@ -21,7 +22,7 @@ pub use mutation::Mutation;
 use chance::{between, between_ms};
 use checks::{Logs, Violation};
 use client::Read;
-use forebay_schemas::{event::Body, ids::fnv1a, wire};
+use forebay_schemas::{dead_letter::DeadLetter, event::Body, ids::fnv1a, wire};
 use forebay_streams::{environment, log::Recorded, memory};
 use site::Site;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -91,25 +92,29 @@ async fn simulated(seed: u64, options: Options) -> Outcome {
     let limits = memory::Limits {
         queue_max: if chance::chance(100) { 2 } else { 4096 },
         ack_wait: between_ms(600..=3000),
-        max_deliver: 100,
+        max_deliver: if chance::chance(400) { between(5..=20) } else { 100 },
         lease_time: between_ms(600..=2000),
     };
     let weather = Weather::draw();
     let plan = site::Plan::draw();
     let storm = between_ms(2000..=12_000);
-    let clients: Vec<client::Plan> = (0..between(2..=10)).map(|_| client::Plan::draw(storm)).collect();
+    let clients: Vec<client::Plan> =
+        (0..between(2..=10)).map(|number| client::Plan::draw(number, storm, plan.poison.is_some())).collect();
     let requests = clients.len() as u64;
     let world = Arc::new(World::new(memory::streams_with(limits.clone()), weather, options));
     world.trace(|| format!("{limits:?}\n{:?}\n{plan:?}", world.weather));
     let site = Site::start(world.clone(), plan).await;
     let mut reading = JoinSet::new();
     for plan in clients {
-        reading.spawn(ask(site.clone(), plan));
+        for _ in 0..=u64::from(plan.twin) {
+            reading.spawn(ask(site.clone(), plan.clone()));
+        }
     }
     site.trouble(storm).await;
     let (reads, mut violations) = settle(&site, reading).await;
     let logs = checks::logs(&site).await;
-    violations.extend(checks::violations(&site, &logs, &reads));
+    let letters = site.world.streams.dead_letters.list().await.expect("memory answers");
+    violations.extend(checks::violations(&site, &logs, &reads, &letters));
     let told = options.traced || !violations.is_empty();
     let faults = world.record().faults.clone();
     Outcome {
@@ -117,17 +122,21 @@ async fn simulated(seed: u64, options: Options) -> Outcome {
         violations,
         faults,
         requests,
-        events: events(&logs),
+        events: events(&logs, &letters),
         lasted: world.elapsed(),
-        digest: digest(&logs, &reads) ^ world.elapsed().as_micros() as u64,
+        digest: digest(&logs, &reads, &letters) ^ world.elapsed().as_micros() as u64,
         logs: if told { in_words(&logs, &reads) } else { String::new() },
         trace: world.take_trace(),
     }
 }
 
-/// Events by kind; those that tell of a failure by that too.
-fn events(logs: &Logs) -> BTreeMap<String, u64> {
+/// Events by kind, those that tell of a failure by that too; and dead letters.
+fn events(logs: &Logs, letters: &[DeadLetter]) -> BTreeMap<String, u64> {
     let mut events = BTreeMap::new();
+    for letter in letters {
+        let kind = format!("dead letter, {}, {:?}", letter.role.as_str(), letter.code);
+        *events.entry(kind).or_default() += 1;
+    }
     for recorded in logs.values().flatten() {
         let body = &recorded.event.body;
         let why = match body {
@@ -146,13 +155,14 @@ fn events(logs: &Logs) -> BTreeMap<String, u64> {
     events
 }
 
-fn digest(logs: &Logs, reads: &[Read]) -> u64 {
+fn digest(logs: &Logs, reads: &[Read], letters: &[DeadLetter]) -> u64 {
     let mut bytes = Vec::new();
     for recorded in logs.values().flatten() {
         bytes.extend_from_slice(&recorded.seq.to_le_bytes());
         bytes.extend(wire::encode(&recorded.event));
     }
     reads.iter().for_each(|read| bytes.extend(format!("{:?}", read.answer).bytes()));
+    letters.iter().for_each(|letter| bytes.extend(format!("{letter:?}").bytes()));
     fnv1a(&bytes)
 }
 
@@ -167,11 +177,7 @@ fn in_words(logs: &Logs, reads: &[Read]) -> String {
 
 async fn ask(site: Arc<Site>, plan: client::Plan) -> Read {
     sleep(plan.begin).await;
-    let gateway = site.any_gateway().await;
-    let mut read = plan.ask(&gateway).await;
-    read.ended = Some(tokio::time::Instant::now());
-    site.world.trace(|| format!("client: {read:?}"));
-    read
+    plan.ask(&site).await
 }
 
 /// Waits until all has come to its end, and says what has not.

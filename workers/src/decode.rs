@@ -236,7 +236,7 @@ async fn fail(
     if writer.append(body).await.is_err() {
         return Some(Verdict::Later(FAILED_PAUSE));
     }
-    if code != FailureCode::Unservable {
+    if matches!(code, FailureCode::EngineFailed | FailureCode::TooManyAttempts) {
         let attempts = u64::from(writer.state().attempt);
         worker.bury(writer.log(), Role::Decode, Some(code), message, attempts).await;
     }

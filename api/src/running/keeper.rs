@@ -3,7 +3,10 @@
 //! detached request then, it reads from the log.
 
 use crate::{Shared, admission::Permit};
-use forebay_schemas::event::{Body, FailureCode, RequestFailed};
+use forebay_schemas::{
+    event::{Body, FailureCode, RequestFailed},
+    lifecycle::Phase,
+};
 use forebay_streams::{
     Streams,
     cancel::cancel,
@@ -30,6 +33,8 @@ enum End {
     Ended,
     /// Nobody here will read on.
     Abandoned(&'static str),
+    /// The client was told to ask again, under the key of the request.
+    Unheard(&'static str),
 }
 
 impl Keeper {
@@ -63,6 +68,12 @@ impl Keeper {
         self.tell(End::Abandoned(cause));
     }
 
+    /// The client was told that the request was not taken, whatever the log says. One with a key may be under way for
+    /// somebody who asked again, or will be.
+    pub(super) fn refused(&mut self, cause: &'static str, has_key: bool) {
+        self.tell(if has_key { End::Unheard(cause) } else { End::Abandoned(cause) });
+    }
+
     fn tell(&mut self, end: End) {
         if let Some(sender) = self.0.take() {
             // Nobody listens any more: the deadline has passed, and the keeper has ended the log itself.
@@ -74,6 +85,7 @@ impl Keeper {
 /// How a log is to end.
 enum Ending {
     Cancelled(&'static str),
+    Unheard(&'static str),
     Expired(Duration),
 }
 
@@ -92,6 +104,7 @@ async fn wait(
         end = end => match end {
             Ok(End::Ended) => None,
             Ok(End::Abandoned(cause)) => Some(Ending::Cancelled(cause)),
+            Ok(End::Unheard(cause)) => Some(Ending::Unheard(cause)),
             Err(_dropped) if detached => tokio::select! {
                 biased;
                 () = ended(gateway, log) => None,
@@ -126,6 +139,7 @@ async fn bring_about(streams: &Streams, log: &LogRef, ending: &Ending) {
     for attempts in 1..=ATTEMPTS_MAX {
         let ended = match ending {
             Ending::Cancelled(cause) => cancel(streams, log, cause).await.map(drop),
+            Ending::Unheard(cause) => give_up(streams, log, cause).await,
             Ending::Expired(timeout) => expire(streams, log, *timeout).await,
         };
         match ended {
@@ -140,6 +154,19 @@ async fn bring_about(streams: &Streams, log: &LogRef, ending: &Ending) {
                 wait *= 2;
             }
         }
+    }
+}
+
+/// Ends a request that may have been begun and not queued, unless somebody works on it: then it was asked again.
+async fn give_up(streams: &Streams, log: &LogRef, cause: &str) -> Result<(), WriteError> {
+    let mut writer = LogWriter::open(streams.log.clone(), log.clone()).await?;
+    if writer.state().phase != Phase::Queued || writer.state().attempt > 0 {
+        return Ok(());
+    }
+    let failed = RequestFailed { code: FailureCode::QueueUnavailable, message: cause.to_owned() };
+    match writer.append(Body::RequestFailed(failed)).await {
+        Err(WriteError::Overtaken { .. }) => Ok(()),
+        other => other,
     }
 }
 

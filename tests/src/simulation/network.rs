@@ -12,7 +12,7 @@ use forebay_schemas::{
     dead_letter::DeadLetter,
     event::Event,
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
-    task::Role,
+    task::{DecodeTask, Role, Task},
 };
 use forebay_streams::{
     StreamError, Streams,
@@ -223,6 +223,13 @@ impl Link {
         }
     }
 
+    /// Nobody keeps a dead letter of what it does not know of, and if it gets lost, there is none.
+    fn unburied(&self, if_so: bool, request: RequestId) {
+        if if_so {
+            self.world.record().unburied.insert(request);
+        }
+    }
+
     /// The world must know whose process a worker is.
     fn introduce(&self, worker: &WorkerId) {
         self.world.introduce(worker, self);
@@ -243,6 +250,7 @@ impl EventLog for Link {
             })
         })
         .await
+        .inspect_err(|_| self.unburied(event.body.is_terminal(), log.request))
     }
 
     async fn begin(&self, log: &LogRef, event: &Event) -> Result<u64, AppendError> {
@@ -321,7 +329,12 @@ impl Tasks for Link {
         let (link, model, id) = (self.clone(), model.clone(), dedup_id.to_owned());
         let publish = async move {
             link.world.trace(|| format!("{}: queues {id}", link.name));
-            link.world.streams.tasks.publish(role, &model, &id, payload).await
+            link.world.streams.tasks.publish(role, &model, &id, payload.clone()).await?;
+            if let (Role::Decode, Ok(task)) = (role, DecodeTask::decode(&payload)) {
+                let log = LogRef { gateway: task.gateway, request: task.request };
+                link.world.record().queued.insert(log);
+            }
+            Ok(())
         };
         self.carry("publish", publish).await?
     }
@@ -424,8 +437,15 @@ impl Tasks for Link {
 #[async_trait]
 impl DeadLetters for Link {
     async fn bury(&self, letter: &DeadLetter) -> Result<(), StreamError> {
-        let (backend, letter) = (self.world.streams.dead_letters.clone(), letter.clone());
-        self.carry("bury", async move { backend.bury(&letter).await }).await?
+        let (link, what) = (self.clone(), letter.clone());
+        let bury = async move {
+            link.world.trace(|| format!("{}: buries {}: {}", link.name, what.request, what.reason));
+            link.world.streams.dead_letters.bury(&what).await
+        };
+        let buried = self.carry("bury", bury).await;
+        // A gateway finds the spent task again.
+        self.unburied(buried.is_err() && !self.name.starts_with("gateway"), letter.request);
+        buried?
     }
 
     async fn list(&self) -> Result<Vec<DeadLetter>, StreamError> {

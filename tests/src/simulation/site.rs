@@ -5,6 +5,7 @@ use super::{
     chance::{below, between, between_ms, chance},
     client::MODEL,
     network::Link,
+    poison::{Poison, Poisoned},
     weather::Trouble,
     world::World,
 };
@@ -46,6 +47,10 @@ pub(super) struct Plan {
     prefillers: u64,
     slots: u32,
     pace: SimPace,
+    /// What an engine can't do, if there is such a thing.
+    pub(super) poison: Option<Poison>,
+    /// A gateway that is started again has the name that it had.
+    keeps_name: bool,
     worker: WorkerConfig,
     gateway: GatewayConfig,
 }
@@ -60,6 +65,7 @@ struct Life {
 
 /// A gateway that lives.
 pub(super) struct RunningGateway {
+    pub(super) name: Arc<str>,
     pub(super) process: Process,
     pub(super) gateway: Gateway,
 }
@@ -92,6 +98,9 @@ impl Plan {
         let folder = format!("simulated-{}", SITES.fetch_add(1, Ordering::Relaxed));
         let us = |most: u64| between(1..=most) as f64 * 1000.0;
         let request_timeout = if chance(700) { between_ms(20_000..=60_000) } else { between_ms(500..=5000) };
+        let poison = chance(300).then(Poison::draw);
+        let few = chance(if poison.is_some() { 600 } else { 200 });
+        let attempts_max = if few { between(2..=5) as u32 } else { 100 };
         Plan {
             gateways: between(1..=2),
             decoders: between(1..=3),
@@ -103,12 +112,14 @@ impl Plan {
                 decode_us: us(40),
                 decode_row_us: us(2),
             },
+            poison,
+            keeps_name: chance(300),
             worker: WorkerConfig {
                 role: Role::Decode,
                 max_local_prefill_length: if chance(700) { 0 } else { below(100) as u32 },
                 chunk_tokens: between(4..=64) as u32,
                 kv_lease: between_ms(100..=1500),
-                attempts_max: 100,
+                attempts_max,
                 prefill_patience: between_ms(500..=3000),
                 grace: between_ms(100..=6000),
                 socket_folder: PathBuf::from(folder),
@@ -137,8 +148,8 @@ impl Site {
         let card = TEXT.card(MODEL, plan.engine().card(), &world.streams).await.expect("a card");
         let (lives, gateways) = Default::default();
         let site = Arc::new(Site { world, plan, card, lives, gateways, started: AtomicU64::new(0) });
-        for _ in 0..site.plan.gateways {
-            tokio::spawn(site.clone().keep_gateway());
+        for number in 0..site.plan.gateways {
+            tokio::spawn(site.clone().keep_gateway(number));
         }
         for _ in 0..site.plan.decoders {
             tokio::spawn(site.clone().keep_worker(Role::Decode));
@@ -193,6 +204,7 @@ impl Site {
     fn end(&self, life: &Life) {
         life.link.process.set(Condition::Dead);
         self.lives().retain(|other| other.link.name != life.link.name);
+        self.world.record().gone.insert(life.link.name.clone());
         self.world.trace(|| format!("{} is gone", life.link.name));
     }
 
@@ -200,7 +212,8 @@ impl Site {
         loop {
             let stop = CancellationToken::new();
             let life = self.begin(role.as_str(), Some(stop.clone()));
-            let engine = Box::new(self.plan.engine());
+            let (engine, poison) = (self.plan.engine(), self.plan.poison.clone());
+            let engine = Box::new(Poisoned { engine, poison });
             let config = WorkerConfig { role, ..self.plan.worker.clone() };
             let (card, tokenizer, streams) = (self.card.clone(), Site::tokenizer(), life.link.streams());
             let process = life.link.process.clone();
@@ -220,11 +233,15 @@ impl Site {
         }
     }
 
-    async fn keep_gateway(self: Arc<Self>) {
+    async fn keep_gateway(self: Arc<Self>, number: u64) {
         loop {
             let life = self.begin("gateway", None);
             let process = life.link.process.clone();
-            let config = GatewayConfig { gateway: environment::name("gw"), ..self.plan.gateway.clone() };
+            let gateway = match self.plan.keeps_name {
+                true => GatewayId::new(&format!("gw-{number}")).expect("a name"),
+                false => environment::name("gw"),
+            };
+            let config = GatewayConfig { gateway, ..self.plan.gateway.clone() };
             self.world.trace(|| format!("{} is {}", life.link.name, config.gateway));
             let start = Gateway::start(life.link.streams(), config);
             tokio::select! {
@@ -232,7 +249,11 @@ impl Site {
                 () = process.died() => {}
                 started = process.run(start) => match started {
                     Ok(gateway) => {
-                        let running = Arc::new(RunningGateway { process: process.clone(), gateway });
+                        let running = Arc::new(RunningGateway {
+                            name: life.link.name.clone(),
+                            process: process.clone(),
+                            gateway,
+                        });
                         self.gateways.lock().expect("no panics while held").push(running.clone());
                         process.died().await;
                         self.gateways

@@ -1,10 +1,10 @@
 //! What all simulated processes share: the true backend, the weather, and a record of what happened.
 
 use super::{Mutation, Options, network::Link, weather::Weather};
-use forebay_schemas::ids::WorkerId;
+use forebay_schemas::ids::{RequestId, WorkerId};
 use forebay_streams::{Streams, environment::Process, log::LogRef};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
@@ -62,6 +62,12 @@ pub(super) struct Record {
     pub(super) stored: BTreeMap<u64, (Instant, Arc<str>)>,
     /// Logs that were begun, or may have been, and by which gateway's process.
     pub(super) logs: BTreeMap<LogRef, Process>,
+    /// Logs whose requests were queued.
+    pub(super) queued: BTreeSet<LogRef>,
+    /// Requests whose author may not know that they failed, or whose dead letter got lost.
+    pub(super) unburied: BTreeSet<RequestId>,
+    /// Processes that are gone.
+    pub(super) gone: BTreeSet<Arc<str>>,
     /// When it was calm.
     pub(super) calm: Option<Instant>,
     /// Whose process a worker is.
