@@ -73,7 +73,7 @@ pub(crate) async fn begin(
         (Ok(running), _) => Ok(running),
         (Err(NotStarted::Refused(error)), _) => Err(error),
         // Another gateway, or this one, was asked the same at the same time.
-        (Err(NotStarted::Taken), Some(fingerprint)) => match Opened::find(gateway, *id).await? {
+        (Err(NotStarted::Taken), Some(fingerprint)) => match Opened::find_begun(gateway, *id).await? {
             Some(known) => again(gateway, known, &fingerprint).await,
             None => Err(taken()),
         },

@@ -179,7 +179,7 @@ impl Memory {
         let mut state = self.state();
         state.deliveries += 1;
         let number = state.deliveries;
-        let State { queues, spent, .. } = &mut *state;
+        let State { queues, spent, deliveries: numbers, .. } = &mut *state;
         let queue = queues.entry((role, model.clone())).or_default();
         let now = Instant::now();
         let late: Vec<u64> =
@@ -193,9 +193,10 @@ impl Memory {
         }
         while let Some(mut task) = queue.pending.pop_front() {
             if task.deliveries >= self.limits.max_deliver {
-                let receipt = Receipt { ack_subject: String::new(), seq: number };
+                *numbers += 1;
+                let receipt = Receipt { ack_subject: String::new(), seq: *numbers };
                 let (payload, deliveries) = (task.payload, task.deliveries);
-                spent.insert(number, (Spent { role, payload, deliveries, receipt }, now));
+                spent.insert(*numbers, (Spent { role, payload, deliveries, receipt }, now));
                 self.work.notify_waiters();
                 continue;
             }

@@ -19,6 +19,12 @@ use tokio::time::Instant;
 /// How long a worker that was told to stop may take to say so in the log.
 const LAST_WORD: Duration = Duration::from_secs(5);
 
+/// How often a log is looked for before there is none: a server of the cluster that lags may not have it yet.
+const FIND_TRIES: u32 = 4;
+
+/// Time between two of these.
+const FIND_PAUSE: Duration = Duration::from_millis(100);
+
 /// Time between two looks at a log that is about to end.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -39,6 +45,17 @@ impl Opened {
         }
     }
 
+    /// The same for a request that its client says was begun.
+    pub(crate) async fn find_begun(gateway: &Shared, request: RequestId) -> Result<Option<Opened>, ApiError> {
+        for _ in 1..FIND_TRIES {
+            if let Some(opened) = Opened::find(gateway, request).await? {
+                return Ok(Some(opened));
+            }
+            tokio::time::sleep(FIND_PAUSE).await;
+        }
+        Opened::find(gateway, request).await
+    }
+
     /// The log of a request that this endpoint took. One that is past its deadline and goes on is ended first: the
     /// gateway that accepted it may be dead.
     pub(crate) async fn of_endpoint(
@@ -46,7 +63,7 @@ impl Opened {
         request: RequestId,
         endpoint: &str,
     ) -> Result<Opened, ApiError> {
-        let opened = Opened::find(gateway, request).await?;
+        let opened = Opened::find_begun(gateway, request).await?;
         let opened = opened.filter(|opened| opened.accepted().endpoint == endpoint);
         let opened = opened.ok_or_else(|| unknown(request))?;
         let patience_us = DEADLINE_PATIENCE.as_micros() as u64;

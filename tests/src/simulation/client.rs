@@ -295,7 +295,7 @@ impl Read {
         if self.streams && status != 200 && accepted.is_some() {
             return true;
         }
-        if !self.anew && accepted.is_some_and(|answer| answer.request != request) {
+        if status == 200 && !self.anew && accepted.is_some_and(|answer| answer.request != request) {
             self.problem = Some(format!("2: coming back leads to {request}"));
         }
         if self.anew || accepted.is_none() || !self.streams {

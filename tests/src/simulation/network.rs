@@ -289,8 +289,13 @@ impl EventLog for Link {
     }
 
     async fn find(&self, request: RequestId) -> Result<Option<LogRef>, StreamError> {
-        let backend = self.world.streams.log.clone();
-        self.carry("find", async move { backend.find(request).await }).await?
+        let link = self.clone();
+        let find = async move {
+            let Some(log) = link.world.streams.log.find(request).await? else { return Ok(None) };
+            let events = link.world.streams.log.read(&log, 0).await?;
+            Ok((!link.stale(events).is_empty()).then_some(log))
+        };
+        self.carry("find", find).await?
     }
 
     async fn tail(&self, gateway: &GatewayId) -> Result<BoxStream<'static, Live>, StreamError> {
