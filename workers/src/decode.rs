@@ -84,7 +84,7 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) ->
     let alive = worker.keep_alive(delivery);
     let unwanted = worker.enter(log.request);
     let attempt = Attempt { worker, log, slot: &slot };
-    let outcome = match open(worker, delivery, log).await {
+    let outcome = match take_up(worker, delivery, log).await {
         Ok(writer) => {
             let deadline = time_left(writer.state());
             tokio::select! {
@@ -96,7 +96,7 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) ->
         }
         Err(verdict) => {
             worker.leave(log.request, &unwanted);
-            return Some(verdict);
+            return verdict;
         }
     };
     worker.leave(log.request, &unwanted);
@@ -121,6 +121,36 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) ->
         tokio::time::sleep(SLOT_POLL).await;
     }
     verdict
+}
+
+/// Opens a task's log, or says what becomes of a task whose request can't be, or must not be, tried (again).
+async fn take_up(
+    worker: &Arc<Worker>,
+    delivery: &Delivery,
+    log: &LogRef,
+) -> Result<LogWriter, Option<Verdict>> {
+    let mut writer = open(worker, delivery, log).await.map_err(Some)?;
+    if writer.state().phase.is_terminal() {
+        return Err(Some(Verdict::Ack));
+    }
+    match hopeless(writer.state(), worker.config.attempts_max) {
+        Some(failed) => Err(fail(worker, &mut writer, failed.code, failed.message).await),
+        None => Ok(writer),
+    }
+}
+
+/// Why a request must not be tried (again), if so.
+fn hopeless(state: &Lifecycle, attempts_max: u32) -> Option<RequestFailed> {
+    if now_us() > state.deadline_us() {
+        let timeout_ms = state.accepted.timeout_ms;
+        let message = format!("no worker took the request within its {timeout_ms} ms");
+        return Some(RequestFailed { code: FailureCode::DeadlineExceeded, message });
+    }
+    let tried = state.fruitless;
+    (tried >= attempts_max).then(|| {
+        let message = format!("{tried} attempts in a row ended without a token");
+        RequestFailed { code: FailureCode::TooManyAttempts, message }
+    })
 }
 
 /// Opens a task's log, or says what becomes of a task whose log can't be opened.

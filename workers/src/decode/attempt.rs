@@ -1,6 +1,6 @@
 //! One attempt at one request: from the claim to its end, or to where another worker goes on.
 
-use super::{RequestError, fail, handover::Leave, release, transport};
+use super::{RequestError, handover::Leave, release, transport};
 use crate::{
     engine::EngineError,
     kv::{ReadError, Sealed, Slot, read_kv},
@@ -11,14 +11,14 @@ use crate::{
 };
 use forebay_schemas::{
     event::{
-        Body, Claimed, EngineRef, FailureCode, FinishReason, KvLost, KvTransferred, PrefillQueued,
-        RequestCompleted, RequestFailed, TokensGenerated,
+        Body, Claimed, EngineRef, FinishReason, KvLost, KvTransferred, PrefillQueued, RequestCompleted,
+        TokensGenerated,
     },
     lifecycle::{Lifecycle, Phase},
     task::{PrefillTask, Role},
 };
 use forebay_streams::{
-    environment::{now_us, off_thread},
+    environment::off_thread,
     follow::Follow,
     log::LogRef,
     tasks::{Delivery, enqueue},
@@ -91,13 +91,6 @@ impl Attempt<'_> {
         mut writer: LogWriter,
         delivery: &Delivery,
     ) -> Result<Outcome, RequestError> {
-        if writer.state().phase.is_terminal() {
-            return Ok(Outcome::Ended);
-        }
-        if let Some(failed) = self.hopeless(writer.state()) {
-            fail(self.worker, &mut writer, failed.code, failed.message).await;
-            return Ok(Outcome::Ended);
-        }
         let worker = self.worker;
         let engine =
             EngineRef { layout_hash: worker.model.layout_hash, weights: worker.model.weights.clone() };
@@ -126,20 +119,6 @@ impl Attempt<'_> {
         };
         let outputs = worker.runner.add(self.sequence(writer.state(), filled)).await?;
         self.generate(&mut writer, &mut output, outputs).await
-    }
-
-    /// Why the request must not be tried (again), if so.
-    fn hopeless(&self, state: &Lifecycle) -> Option<RequestFailed> {
-        if now_us() > state.deadline_us() {
-            let timeout_ms = state.accepted.timeout_ms;
-            let message = format!("no worker took the request within its {timeout_ms} ms");
-            return Some(RequestFailed { code: FailureCode::DeadlineExceeded, message });
-        }
-        let (tried, most) = (state.fruitless, self.worker.config.attempts_max);
-        (tried >= most).then(|| {
-            let message = format!("{tried} attempts in a row ended without a token");
-            RequestFailed { code: FailureCode::TooManyAttempts, message }
-        })
     }
 
     /// Another worker of the model may have longer slots, and the gateway goes by its card.
