@@ -47,10 +47,21 @@ fn fixed() {
     // A client comes back at once, and a server that lags does not have its log yet: "there is no request"
     // (`Opened::find_begun`).
     let unknown = [71, 290, 705];
+    // A request given up at its last attempt: its worker was told to cancel while it kept the dead letter, and the letter
+    // was lost; had the end not been appended, the task would have been acknowledged all the same (`decode::take_up`).
+    let unkept = [50_424];
     // Two tasks spent at once, one of which the in-memory backend forgot; and a refused client taken for a lost one.
     let simulated = [750, 12_954, 15_948, 28_165];
-    for seed in
-        [&unknown[..], &simulated[..], &overtaken[..], &dangling[..], &dropped[..], &cancelled[..]].concat()
+    for seed in [
+        &unknown[..],
+        &simulated[..],
+        &overtaken[..],
+        &dangling[..],
+        &dropped[..],
+        &cancelled[..],
+        &unkept[..],
+    ]
+    .concat()
     {
         pass(&run_quietly(seed..seed + 1, Mutation::None));
     }
