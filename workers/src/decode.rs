@@ -2,7 +2,7 @@
 //!
 //! pull → claim → prefill, here or remotely → generate → complete → acknowledge. Everything that happens is an
 //! event in the request's log before anybody acts on it; a worker that finds itself overtaken there stops. One that
-//! is told to stop hands its sequences over, KV and all ([`handover`]).
+//! is told to stop hands its sequences over, KV and all (`handover`).
 
 mod attempt;
 mod handover;

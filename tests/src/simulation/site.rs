@@ -238,7 +238,7 @@ impl Site {
             let life = self.begin("gateway", None);
             let process = life.link.process.clone();
             let gateway = match self.plan.keeps_name {
-                true => GatewayId::new(&format!("gw-{number}")).expect("a name"),
+                true => GatewayId::new(format!("gw-{number}")).expect("a name"),
                 false => environment::name("gw"),
             };
             let config = GatewayConfig { gateway, ..self.plan.gateway.clone() };
