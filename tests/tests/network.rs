@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 /// How long the way is closed: less than it takes to be given up for dead.
 const BLINK: Duration = Duration::from_millis(300);
 
-/// The longest silence of a stream through it. An append that was under way is tried again once its answer is given
-/// up, and that takes most of this.
+/// A longer silence is a hang: far more than it takes, whatever the machine does besides.
 const SILENCE_MAX: Duration = Duration::from_secs(9);
 
 /// Reads to the end, and measures the longest silence on the way.
