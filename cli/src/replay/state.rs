@@ -122,7 +122,7 @@ mod tests {
         attempt    0
         worker     none
         prefiller  none
-        deadline   1.0 s after the first event
+        deadline   60.0 s after the first event
         tokens     0 of at most 9: []
         text       ""
         "#);
