@@ -27,13 +27,33 @@ use tokio::{io::AsyncReadExt, sync::watch, time::Instant};
 /// Pause before a watch that ended is begun again.
 const WATCH_PAUSE: Duration = Duration::from_secs(1);
 
+/// How long what a starting worker publishes is tried.
+const START_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Pause between two tries.
+const START_PAUSE: Duration = Duration::from_millis(200);
+
+/// Tries again for a while: of a stream that was just made, not all servers of a cluster know at once.
+async fn patiently<T, F: Future<Output = Result<T, StreamError>>>(
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, StreamError> {
+    let give_up = Instant::now() + START_PATIENCE;
+    loop {
+        match attempt().await {
+            Err(error) if Instant::now() < give_up => {
+                tracing::debug!(%error, "trying again");
+                tokio::time::sleep(START_PAUSE).await;
+            }
+            other => return other,
+        }
+    }
+}
+
 #[async_trait]
 impl Registry for JetStream {
     async fn publish_model(&self, card: &ModelCard) -> Result<(), StreamError> {
-        let value = serde_json::to_vec(card).expect("plain data always encodes");
-        let what = format!("publishing model {}", card.name);
-        let bucket = self.bucket(MODELS).await?;
-        bucket.put(card.key.as_str(), value.into()).await.map(drop).map_err(failed(what))
+        let value = Bytes::from(serde_json::to_vec(card).expect("plain data always encodes"));
+        patiently(|| self.put_card(card, value.clone())).await
     }
 
     async fn models(&self) -> Result<watch::Receiver<Models>, StreamError> {
@@ -101,11 +121,7 @@ impl Registry for JetStream {
 
     async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, StreamError> {
         let blob = BlobRef { name: blob_name(&bytes), bytes: bytes.len() as u64 };
-        let what = format!("storing blob {}", blob.name);
-        let store = self.context.get_object_store(BLOBS).await.map_err(failed(&what))?;
-        if store.info(&blob.name).await.is_err() {
-            store.put(blob.name.as_str(), &mut bytes.as_ref()).await.map_err(failed(&what))?;
-        }
+        patiently(|| self.store_blob(&blob, bytes.clone())).await?;
         Ok(blob)
     }
 
@@ -130,6 +146,21 @@ enum Change {
 }
 
 impl JetStream {
+    async fn put_card(&self, card: &ModelCard, value: Bytes) -> Result<(), StreamError> {
+        let what = format!("publishing model {}", card.name);
+        let bucket = self.bucket(MODELS).await?;
+        bucket.put(card.key.as_str(), value).await.map(drop).map_err(failed(what))
+    }
+
+    async fn store_blob(&self, blob: &BlobRef, bytes: Bytes) -> Result<(), StreamError> {
+        let what = format!("storing blob {}", blob.name);
+        let store = self.context.get_object_store(BLOBS).await.map_err(failed(&what))?;
+        if store.info(&blob.name).await.is_err() {
+            store.put(blob.name.as_str(), &mut bytes.as_ref()).await.map_err(failed(&what))?;
+        }
+        Ok(())
+    }
+
     async fn bucket(&self, name: &str) -> Result<Store, StreamError> {
         self.context.get_key_value(name).await.map_err(failed(format!("opening bucket {name}")))
     }
