@@ -14,10 +14,18 @@ use forebay_schemas::{
 };
 use futures::{StreamExt, stream::BoxStream};
 use std::time::Duration;
+use tokio::time::Instant;
 use topology::{consumer_name, queue_stream, queue_subject};
 
-/// How long a publish is tried while the server does not answer. A task has an id: a repeat is harmless.
-const PUBLISH_TRIES: u32 = 3;
+/// How long a publish is tried while the server does not answer: long enough for a restart, or for a cluster to elect a
+/// leader. A task has an id: a repeat is harmless.
+const PUBLISH_PATIENCE: Duration = Duration::from_secs(20);
+
+/// The first pause between two tries; doubles up to [`PUBLISH_PAUSE_MAX`].
+const PUBLISH_PAUSE: Duration = Duration::from_millis(20);
+
+/// The longest pause between two tries.
+const PUBLISH_PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// Added to a pull's wait: the server's own "nothing came" should be heard before giving up on the server.
 const PULL_SLACK: Duration = Duration::from_secs(2);
@@ -38,24 +46,29 @@ impl Tasks for JetStream {
         dedup_id: &str,
         payload: Bytes,
     ) -> Result<(), EnqueueError> {
-        let mut trouble = String::new();
-        for _ in 0..PUBLISH_TRIES {
+        let give_up = Instant::now() + PUBLISH_PATIENCE;
+        let mut pause = PUBLISH_PAUSE;
+        loop {
             let mut headers = HeaderMap::new();
             headers.insert(names::NATS_MESSAGE_ID, dedup_id);
             // JetStream only: a core publish into a full stream would vanish without a word.
-            match JetStream::publish(self, queue_subject(role, model), headers, payload.clone()).await {
-                Ok(_) => return Ok(()),
-                Err(PublishError::Refused { code, .. }) if FULL.contains(&code) => {
-                    return Err(EnqueueError::Full { role, model: model.clone() });
-                }
-                Err(PublishError::Refused { code, description }) => {
-                    trouble = format!("{description} ({code})");
-                }
-                Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => trouble = cause,
-                Err(PublishError::TooLarge) => trouble = "a task larger than the server takes".to_owned(),
+            let trouble =
+                match JetStream::publish(self, queue_subject(role, model), headers, payload.clone()).await {
+                    Ok(_) => return Ok(()),
+                    Err(PublishError::Refused { code, .. }) if FULL.contains(&code) => {
+                        return Err(EnqueueError::Full { role, model: model.clone() });
+                    }
+                    Err(PublishError::Refused { code, description }) => format!("{description} ({code})"),
+                    Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => cause,
+                    Err(PublishError::TooLarge) => "a task larger than the server takes".to_owned(),
+                };
+            if Instant::now() + pause > give_up {
+                let what = format!("queueing a {} task of model {model}", role.as_str());
+                return Err(StreamError::new(what, trouble).into());
             }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PUBLISH_PAUSE_MAX);
         }
-        Err(StreamError::new(format!("queueing a {} task of model {model}", role.as_str()), trouble).into())
     }
 
     async fn pull(
