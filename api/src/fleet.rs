@@ -81,6 +81,8 @@ mod tests {
             free_slots,
             host: String::new(),
             kv_socket: String::new(),
+            kv_tcp: None,
+            active_tokens: 0,
             draining: false,
             kv_leases,
         }

@@ -14,6 +14,9 @@ pub(crate) use conversation::{Turn, conversation};
 /// Stop strings that a request may have, as at OpenAI.
 const STOPS_MAX: usize = 4;
 
+/// Bytes of a `cache_salt`.
+const SALT_BYTES_MAX: usize = 256;
+
 /// What a request asks for, apart from its prompt.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Params {
@@ -22,6 +25,7 @@ pub(crate) struct Params {
     max_tokens: Option<u32>,
     stop: Vec<String>,
     ignore_eos: bool,
+    cache_salt: Option<String>,
 }
 
 /// Checks all fields of a request but the conversation.
@@ -56,6 +60,7 @@ pub(crate) fn params(request: &ChatRequest, card: &ModelCard, drawn_seed: u64) -
         max_tokens,
         stop: stop(request)?,
         ignore_eos: request.ignore_eos.unwrap_or(false),
+        cache_salt: cache_salt(request)?,
     })
 }
 
@@ -100,6 +105,7 @@ impl Params {
             detached: false,
             stored: false,
             fingerprint: None,
+            cache_salt: self.cache_salt,
             echo: None,
         })
     }
@@ -114,6 +120,17 @@ fn stop(request: &ChatRequest) -> Result<Vec<String>, ApiError> {
         return Err(invalid("stop", "a stop string is empty; leave it out"));
     }
     Ok(stop.to_vec())
+}
+
+fn cache_salt(request: &ChatRequest) -> Result<Option<String>, ApiError> {
+    let length = request.cache_salt.as_ref().map(String::len);
+    if length.is_some_and(|bytes| bytes == 0 || bytes > SALT_BYTES_MAX) {
+        return Err(invalid(
+            "cache_salt",
+            format!("cache_salt has 1 to {SALT_BYTES_MAX} bytes; or leave it out"),
+        ));
+    }
+    Ok(request.cache_salt.clone())
 }
 
 fn within(param: &str, value: f32, holds: bool, range: &str) -> Result<(), ApiError> {

@@ -78,6 +78,12 @@ pub struct WorkerLease {
     pub host: String,
     /// Unix socket where peers on the same host get its region.
     pub kv_socket: String,
+    /// Where peers on other hosts read its KV over TCP, as `address:port`, if it serves them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_tcp: Option<String>,
+    /// Tokens whose KV its running sequences hold.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub active_tokens: u32,
     /// It was told to stop, and takes nothing new.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub draining: bool,

@@ -85,6 +85,9 @@ pub struct RequestAccepted {
     /// A digest of what was asked under a client's idempotency key: the same key with another one is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<String>,
+    /// Keeps this request's blocks apart from those of other salts: prefixes are only shared under equal salts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_salt: Option<String>,
     /// What the endpoint needs to show the request again, in its own form; nothing that a worker looks at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub echo: Option<serde_json::Value>,
@@ -105,6 +108,7 @@ impl RequestAccepted {
             detached: false,
             stored: false,
             fingerprint: None,
+            cache_salt: None,
             echo: None,
         }
     }
@@ -141,6 +145,15 @@ pub struct PrefillQueued {
     pub tokens: u32,
     /// Why it is not done here, such as `prompt of 512 > max_local_prefill_length 128`.
     pub reason: String,
+    /// Of these, the first so many are in the asking worker's slot already: KV is wanted from there on.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cached_tokens: u32,
+    /// What the KV must mean to be of use. A prefill worker of another layout refuses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout_hash: Option<LayoutHash>,
+    /// The KV of the cached tokens, sealed for the prefill worker, which needs it to compute the rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv: Option<KvHandle>,
 }
 
 /// A prefill worker's claim.
@@ -174,6 +187,9 @@ pub struct PrefillCompleted {
     pub text: String,
     /// Time that the computation took, in microseconds.
     pub compute_us: u64,
+    /// Tokens whose KV was found in a prefix cache, the asking worker's or this one's.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cached_tokens: u32,
 }
 
 /// A finished read.
@@ -206,6 +222,9 @@ pub struct TokensGenerated {
     /// Text that the client may see now. It can lag behind the tokens: half of a character, or the beginning
     /// of what may become a stop string, is held back.
     pub text: String,
+    /// Tokens whose KV was found in the worker's prefix cache. Said once, with the first tokens of the answer.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cached_tokens: u32,
 }
 
 /// Why a request was given back.
@@ -293,6 +312,12 @@ pub struct RequestFailed {
 pub struct RequestCancelled {
     /// What cancelled it, such as `client disconnected`.
     pub cause: String,
+}
+
+/// By reference: what serde asks for.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 impl Body {

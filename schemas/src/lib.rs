@@ -4,6 +4,7 @@
 //!
 //! Read in the order of a request's life: [`ids`], [`event`], [`lifecycle`], [`task`], [`kv`].
 
+pub mod cache;
 pub mod card;
 pub mod dead_letter;
 pub mod event;

@@ -76,6 +76,10 @@ pub struct Lifecycle {
     /// Sealed KV that the current attempt can read, contiguous from position 0: of its prefill, or left by the
     /// attempt before.
     pub kv: Vec<KvHandle>,
+    /// Position from which a remote prefill's KV is wanted: what is before lies in the decode worker's slot already.
+    pub kv_from: u32,
+    /// Tokens of the prompt whose KV was found in a prefix cache when the first token was computed.
+    pub cached_tokens: u32,
     /// The KV was left by the attempt before, and nobody has said yet what became of it.
     pub handed_over: bool,
     /// How it ended, if it completed.
@@ -175,6 +179,8 @@ impl Lifecycle {
             tokens: Vec::new(),
             text: String::new(),
             kv: Vec::new(),
+            kv_from: 0,
+            cached_tokens: 0,
             handed_over: false,
             finish: None,
             failure: None,
@@ -194,13 +200,17 @@ impl Lifecycle {
                 self.prefill_ack_subject = None;
                 self.prefills = 0;
                 self.fruitless += 1;
+                self.kv_from = 0;
                 self.handed_over &= self.phase == Phase::Queued;
                 if !self.handed_over {
                     self.kv.clear();
                 }
                 self.phase = Phase::Claimed;
             }
-            Body::PrefillQueued(_) => self.phase = Phase::PrefillQueued,
+            Body::PrefillQueued(queued) => {
+                self.kv_from = queued.cached_tokens;
+                self.phase = Phase::PrefillQueued;
+            }
             Body::PrefillClaimed(claimed) => {
                 self.prefiller = Some(claimed.worker.clone());
                 self.prefill_ack_subject = Some(claimed.ack_subject.clone());
@@ -211,6 +221,7 @@ impl Lifecycle {
             }
             Body::KvReady(ready) => self.kv.push(ready.handle.clone()),
             Body::PrefillCompleted(prefill) => {
+                self.count_cached(prefill.cached_tokens);
                 self.tokens.push(prefill.token);
                 self.text.push_str(&prefill.text);
                 self.fruitless = 0;
@@ -225,6 +236,7 @@ impl Lifecycle {
                 self.phase = Phase::Claimed;
             }
             Body::TokensGenerated(generated) => {
+                self.count_cached(generated.cached_tokens);
                 self.tokens.extend_from_slice(&generated.tokens);
                 self.text.push_str(&generated.text);
                 self.fruitless = 0;
@@ -310,7 +322,7 @@ impl Lifecycle {
         }
         let joins = match &event.body {
             Body::KvReady(ready) => {
-                Some((ready.handle.tokens.start, self.kv.last().map_or(0, |kv| kv.tokens.end())))
+                Some((ready.handle.tokens.start, self.kv.last().map_or(self.kv_from, |kv| kv.tokens.end())))
             }
             Body::Released(Released { kv: Some(handle), .. }) => Some((handle.tokens.start, 0)),
             Body::PrefillCompleted(prefill) => Some((prefill.first_index, self.tokens.len() as u32)),
@@ -328,6 +340,13 @@ impl Lifecycle {
     /// Whether there is KV of the attempt before that nobody has decided about.
     fn has_inherited(&self) -> bool {
         self.phase == Phase::Claimed && self.handed_over
+    }
+
+    /// What counts is what the first token cost; what a later attempt finds is of its own making.
+    fn count_cached(&mut self, cached_tokens: u32) {
+        if self.tokens.is_empty() {
+            self.cached_tokens = cached_tokens.min(self.accepted.prompt.len() as u32);
+        }
     }
 
     fn joins_the_prefill(&self, handle: &KvHandle) -> bool {
@@ -355,7 +374,7 @@ impl Lifecycle {
         Usage {
             prompt_tokens: self.accepted.prompt.len() as u32,
             completion_tokens: self.tokens.len() as u32,
-            cached_tokens: 0,
+            cached_tokens: self.cached_tokens,
         }
     }
 

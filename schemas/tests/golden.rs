@@ -47,6 +47,7 @@ every_body! {
         detached: false,
         stored: false,
         fingerprint: None,
+        cache_salt: None,
         echo: None,
     },
     Claimed {
@@ -55,17 +56,17 @@ every_body! {
         delivery: 1,
         engine: None,
     },
-    PrefillQueued { tokens: 512, reason: "prompt of 512 > max_local_prefill_length 128".into() },
+    PrefillQueued { tokens: 512, reason: "prompt of 512 > max_local_prefill_length 128".into(), cached_tokens: 0, layout_hash: None, kv: None },
     PrefillClaimed {
         worker: worker("prefill-4e5f6a7b"),
         ack_subject: "$JS.ACK.FB_PREFILL.prefill-demo.2.9.3.1764000000000000000.0".into(),
         delivery: 2,
     },
     KvReady { handle: handle() },
-    PrefillCompleted { worker: worker("prefill-1"), first_index: 0, token: 9707, text: "Hello".into(), compute_us: 20_512 },
+    PrefillCompleted { worker: worker("prefill-1"), first_index: 0, token: 9707, text: "Hello".into(), compute_us: 20_512, cached_tokens: 0 },
     KvTransferred { bytes: 117_440_512, tokens: 512, read_us: 12_800, transport: "shm".into() },
     KvLost { reason: "the lease is over".into() },
-    TokensGenerated { first_index: 1, tokens: vec![11, 1879, 0], text: ", world!".into() },
+    TokensGenerated { first_index: 1, tokens: vec![11, 1879, 0], text: ", world!".into(), cached_tokens: 0 },
     Released {
         worker: worker("decode-0a1b2c3d"),
         cause: ReleaseCause::Drained,
@@ -94,6 +95,7 @@ fn plain_request() -> Body {
         detached: false,
         stored: false,
         fingerprint: None,
+        cache_salt: None,
         echo: None,
     })
 }
@@ -106,6 +108,7 @@ fn stored_request() -> Body {
         detached: true,
         stored: true,
         fingerprint: Some("9f86d081884c7d65".into()),
+        cache_salt: None,
         echo: Some(serde_json::json!({ "metadata": { "k": "v" }, "n": [1, -2, 0.5, null, true] })),
         ..plain
     })
@@ -231,6 +234,8 @@ fn frozen_registry_entries_decode_and_encode() {
         free_slots: 3,
         host: "node-1/6a1f0b52-3c44-4c51-9f86-0c3c0e1f2a3b".into(),
         kv_socket: "/run/forebay/decode-0a1b2c3d.sock".into(),
+        kv_tcp: None,
+        active_tokens: 0,
         draining: false,
         kv_leases: 0,
     };

@@ -127,12 +127,18 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             delivery: 1,
             engine: None,
         }),
-        Kind::PrefillQueued => Body::PrefillQueued(PrefillQueued { tokens: 3, reason: "long".into() }),
+        Kind::PrefillQueued => Body::PrefillQueued(PrefillQueued {
+            tokens: 3,
+            reason: "long".into(),
+            cached_tokens: 0,
+            layout_hash: None,
+            kv: None,
+        }),
         Kind::PrefillClaimed => {
             Body::PrefillClaimed(PrefillClaimed { worker: worker(9), ack_subject: "ack".into(), delivery: 1 })
         }
         Kind::KvReady => {
-            let start = off(state.kv.last().map_or(0, |kv| kv.tokens.end()), details.index_off);
+            let start = off(state.kv.last().map_or(state.kv_from, |kv| kv.tokens.end()), details.index_off);
             let tokens = TokenRange { start, count: details.tokens.len() as u32 };
             let agent = state.prefiller.clone().unwrap_or_else(|| worker(0));
             Body::KvReady(KvReady { handle: handle(agent, tokens) })
@@ -143,6 +149,7 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             token: details.tokens.len() as u32,
             text: details.text.clone(),
             compute_us: 1,
+            cached_tokens: 0,
         }),
         Kind::KvTransferred => {
             Body::KvTransferred(KvTransferred { bytes: 1, tokens: 3, read_us: 1, transport: "shm".into() })
@@ -152,6 +159,7 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             first_index,
             tokens: details.tokens.clone(),
             text: details.text.clone(),
+            cached_tokens: 0,
         }),
         Kind::Drained => Body::Released(Released {
             worker: worker(attempt),
@@ -417,6 +425,7 @@ fn an_older_prefill_announces_nothing() {
         token: 1,
         text: String::new(),
         compute_us: 1,
+        cached_tokens: 0,
     };
     let late = Illegal::OtherPrefill { event: "PrefillCompleted", worker: worker(7) };
     assert_eq!(state.apply(&event(1, Body::PrefillCompleted(done(7)))), Err(late));

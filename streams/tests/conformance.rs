@@ -121,6 +121,7 @@ fn token(index: u32) -> Body {
         first_index: index,
         tokens: vec![index],
         text: format!("{index} "),
+        cached_tokens: 0,
     })
 }
 
@@ -388,6 +389,8 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         free_slots: 4,
         host: "here".into(),
         kv_socket: String::new(),
+        kv_tcp: None,
+        active_tokens: 0,
         draining: false,
         kv_leases: 0,
     };

@@ -197,7 +197,12 @@ mod tests {
     }
 
     fn tokens(first_index: u32, tokens: &[u32]) -> Body {
-        Body::TokensGenerated(TokensGenerated { first_index, tokens: tokens.into(), text: "ab".into() })
+        Body::TokensGenerated(TokensGenerated {
+            first_index,
+            tokens: tokens.into(),
+            text: "ab".into(),
+            cached_tokens: 0,
+        })
     }
 
     fn completed(completion_tokens: u32) -> Body {

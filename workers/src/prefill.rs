@@ -165,6 +165,7 @@ async fn prefill(
                     token,
                     text: output.release(),
                     compute_us: begun.elapsed().as_micros() as u64,
+                    cached_tokens: 0,
                 };
                 writer.append(Body::PrefillCompleted(completed)).await?;
                 return Ok(sealed);

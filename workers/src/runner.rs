@@ -10,7 +10,14 @@ use crate::{
 };
 use forebay_kernels::Region;
 use forebay_streams::environment;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 use tokio::sync::{mpsc, oneshot};
 
 /// Tokens that wait for one reader. A sequence whose reader is further behind pauses.
@@ -46,6 +53,7 @@ pub struct Runner {
     commands: mpsc::Sender<Command>,
     card: Arc<EngineCard>,
     kv: Arc<Region>,
+    active_tokens: Arc<AtomicU32>,
 }
 
 /// The engine's thread is gone: the engine panicked, and the worker must end.
@@ -60,14 +68,22 @@ impl Runner {
         let kv = engine.kv().clone();
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let scheduler = Scheduler::new(card.layout.slots, chunk_tokens);
-        let engine = EngineLoop { engine, scheduler, outputs: BTreeMap::new(), inbox, drawn: Vec::new() };
+        let active_tokens = Arc::<AtomicU32>::default();
+        let engine = EngineLoop {
+            engine,
+            scheduler,
+            outputs: BTreeMap::new(),
+            inbox,
+            drawn: Vec::new(),
+            active_tokens: active_tokens.clone(),
+        };
         if environment::is_simulated() {
             environment::spawn(engine.simulate());
         } else {
             let thread = std::thread::Builder::new().name("engine".into());
             thread.spawn(move || engine.run()).expect("a thread can be started");
         }
-        Runner { commands, card, kv }
+        Runner { commands, card, kv, active_tokens }
     }
 
     /// Facts about the model.
@@ -78,6 +94,11 @@ impl Runner {
     /// The KV region.
     pub fn kv(&self) -> &Arc<Region> {
         &self.kv
+    }
+
+    /// Tokens whose KV the running sequences hold.
+    pub fn active_tokens(&self) -> u32 {
+        self.active_tokens.load(Ordering::Relaxed)
     }
 
     /// Resolves when the thread is gone: the engine panicked.
@@ -133,6 +154,7 @@ struct EngineLoop {
     outputs: BTreeMap<u32, mpsc::Sender<Output>>,
     inbox: mpsc::Receiver<Command>,
     drawn: Vec<Sampled>,
+    active_tokens: Arc<AtomicU32>,
 }
 
 impl EngineLoop {
@@ -177,6 +199,7 @@ impl EngineLoop {
         while let Ok(command) = self.inbox.try_recv() {
             self.obey(command);
         }
+        self.active_tokens.store(self.scheduler.tokens(), Ordering::Relaxed);
         let can_take = |slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1);
         let step = self.scheduler.plan(can_take);
         if step != Step::default() {

@@ -89,6 +89,11 @@ impl Scheduler {
         self.sequences.is_empty()
     }
 
+    /// Tokens whose KV all sequences hold.
+    pub fn tokens(&self) -> u32 {
+        self.sequences.values().map(|sequence| sequence.filled).sum()
+    }
+
     /// A sequence joins.
     pub fn add(&mut self, sequence: Sequence) {
         let slot = sequence.slot;

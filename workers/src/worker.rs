@@ -407,6 +407,8 @@ impl Worker {
                 free_slots: self.slots.free(),
                 host: host.clone(),
                 kv_socket: kv_socket.clone(),
+                kv_tcp: None,
+                active_tokens: self.runner.active_tokens(),
                 draining: self.stop.is_cancelled(),
                 kv_leases: self.leases.held(),
             };

@@ -55,8 +55,12 @@ async fn ended(
         writer.append(Body::Claimed(dead)).await.unwrap();
     }
     if generated > 0 {
-        let tokens =
-            TokensGenerated { first_index: 0, tokens: vec![20; generated as usize], text: String::new() };
+        let tokens = TokensGenerated {
+            first_index: 0,
+            tokens: vec![20; generated as usize],
+            text: String::new(),
+            cached_tokens: 0,
+        };
         writer.append(Body::TokensGenerated(tokens)).await.unwrap();
     }
     let stop = CancellationToken::new();

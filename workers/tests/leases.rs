@@ -85,6 +85,8 @@ fn registered(socket: &Path) -> WorkerLease {
         free_slots: 0,
         host: shm::host_id(),
         kv_socket: socket.display().to_string(),
+        kv_tcp: None,
+        active_tokens: 0,
         draining: false,
         kv_leases: 1,
     }

@@ -49,7 +49,12 @@ impl Ask {
             delivery: 1,
             engine: None,
         };
-        let generated = TokensGenerated { first_index: 0, tokens: tokens.to_vec(), text: text.to_owned() };
+        let generated = TokensGenerated {
+            first_index: 0,
+            tokens: tokens.to_vec(),
+            text: text.to_owned(),
+            cached_tokens: 0,
+        };
         let request = RequestId::from_parts(0, &[0; 10]);
         let event = |attempt, body| Event { request, attempt, time_us: 0, body };
         let events = [

@@ -45,7 +45,8 @@ fn log(sampling: &Sampling, tokens: &[u32]) -> Lifecycle {
         delivery: 1,
         engine: None,
     };
-    let generated = TokensGenerated { first_index: 0, tokens: tokens.to_vec(), text: "…".into() };
+    let generated =
+        TokensGenerated { first_index: 0, tokens: tokens.to_vec(), text: "…".into(), cached_tokens: 0 };
     let bodies = [
         (0, Body::RequestAccepted(accepted)),
         (1, Body::Claimed(claimed)),

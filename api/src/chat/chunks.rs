@@ -202,6 +202,7 @@ mod tests {
                 first_index: 0,
                 tokens: vec![1],
                 text: (*text).to_owned(),
+                cached_tokens: 0,
             })
         };
         let usage = Usage { prompt_tokens: 4, completion_tokens: 2, cached_tokens: 3 };

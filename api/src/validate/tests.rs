@@ -112,7 +112,6 @@ fn what_can_not_be_honoured_is_named() {
         ("modalities", json!(["text", "audio"])),
         ("audio", json!({})),
         ("web_search_options", json!({})),
-        ("cache_salt", json!("s")),
     ] {
         assert_eq!(
             error(json!({ param: value })),

@@ -58,7 +58,6 @@ pub(super) fn refuse(request: &ChatRequest) -> Result<(), ApiError> {
         ),
         ("audio", r.audio.is_some(), "none"),
         ("web_search_options", r.web_search_options.is_some(), "none"),
-        ("cache_salt", r.cache_salt.is_some(), "none"),
     ];
     if let Some(param) =
         UNSERVED.into_iter().find(|name| r.others.get(*name).is_some_and(|value| !value.is_null()))

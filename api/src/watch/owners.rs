@@ -191,7 +191,8 @@ mod tests {
     }
 
     fn token(request: RequestId) -> Event {
-        let tokens = TokensGenerated { first_index: 0, tokens: vec![1], text: String::new() };
+        let tokens =
+            TokensGenerated { first_index: 0, tokens: vec![1], text: String::new(), cached_tokens: 0 };
         event(request, Body::TokensGenerated(tokens))
     }
 

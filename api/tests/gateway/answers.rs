@@ -112,9 +112,17 @@ async fn the_first_token_of_a_remote_prefill_is_streamed_before_the_kv_has_moved
     let mut events = Events::of(site.post(ask(json!({ "stream": true }))).await);
     let mut attempt = site.claim().await;
     let worker = WorkerId::new("prefill-1").unwrap();
-    let queued = PrefillQueued { tokens: 9, reason: "long".into() };
+    let queued =
+        PrefillQueued { tokens: 9, reason: "long".into(), cached_tokens: 0, layout_hash: None, kv: None };
     let claimed = PrefillClaimed { worker: worker.clone(), ack_subject: String::new(), delivery: 1 };
-    let done = PrefillCompleted { worker, first_index: 0, token: 3, text: "First".into(), compute_us: 1 };
+    let done = PrefillCompleted {
+        worker,
+        first_index: 0,
+        token: 3,
+        text: "First".into(),
+        compute_us: 1,
+        cached_tokens: 0,
+    };
     attempt.writer.append(Body::PrefillQueued(queued)).await.unwrap();
     attempt.writer.append(Body::PrefillClaimed(claimed)).await.unwrap();
     attempt.writer.append(Body::PrefillCompleted(done)).await.unwrap();

@@ -180,7 +180,7 @@ pub(crate) struct Attempt {
 impl Attempt {
     pub(crate) async fn text(&mut self, text: &str) {
         let first_index = self.writer.state().tokens.len() as u32;
-        let generated = TokensGenerated { first_index, tokens: vec![7], text: text.into() };
+        let generated = TokensGenerated { first_index, tokens: vec![7], text: text.into(), cached_tokens: 0 };
         self.writer.append(Body::TokensGenerated(generated)).await.unwrap();
     }
 

@@ -135,6 +135,8 @@ impl Owner {
             free_slots: 0,
             host: shm::host_id(),
             kv_socket: socket.path().display().to_string(),
+            kv_tcp: None,
+            active_tokens: 0,
             draining: false,
             kv_leases: 0,
         };

@@ -73,9 +73,9 @@ pub struct ChatRequest {
     /// vLLM's extension; only an empty list is served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_token_ids: Option<Vec<u32>>,
-    /// vLLM's extension: not served.
+    /// vLLM's extension: KV of prefixes is shared only between requests of equal salts.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub cache_salt: Option<Value>,
+    pub cache_salt: Option<String>,
     /// Everything else.
     #[serde(flatten)]
     pub others: Map<String, Value>,

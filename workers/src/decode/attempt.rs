@@ -165,7 +165,15 @@ impl Attempt<'_> {
         };
         // Subscribed before the task is queued, on the same connection: nothing that follows can be missed.
         let follow = Follow::watch(self.worker.streams.log.clone(), self.log.clone(), writer.seq()).await?;
-        writer.append(Body::PrefillQueued(PrefillQueued { tokens, reason })).await?;
+        writer
+            .append(Body::PrefillQueued(PrefillQueued {
+                tokens,
+                reason,
+                cached_tokens: 0,
+                layout_hash: None,
+                kv: None,
+            }))
+            .await?;
         let task = PrefillTask {
             request: self.log.request,
             gateway: self.log.gateway.clone(),
@@ -335,7 +343,8 @@ impl Attempt<'_> {
             let tokens = output.tokens()[first_index..].to_vec();
             if !tokens.is_empty() {
                 let text = output.release();
-                let generated = TokensGenerated { first_index: first_index as u32, tokens, text };
+                let generated =
+                    TokensGenerated { first_index: first_index as u32, tokens, text, cached_tokens: 0 };
                 writer.append(Body::TokensGenerated(generated)).await?;
             }
             match (output.finish(), failure) {

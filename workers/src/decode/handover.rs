@@ -112,7 +112,14 @@ impl Attempt<'_> {
         let tokens = output.tokens()[first_index as usize..].to_vec();
         if !tokens.is_empty() {
             let text = output.release();
-            writer.append(Body::TokensGenerated(TokensGenerated { first_index, tokens, text })).await?;
+            writer
+                .append(Body::TokensGenerated(TokensGenerated {
+                    first_index,
+                    tokens,
+                    text,
+                    cached_tokens: 0,
+                }))
+                .await?;
         }
         if let Some(reason) = output.finish() {
             return self.complete(writer, reason).await;
