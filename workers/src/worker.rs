@@ -3,9 +3,10 @@
 use crate::{
     decode,
     engine::{Engine, EngineCard},
-    kv::{KvPeers, Leases, Sealed, Slot, SlotPool, shm},
+    kv::{BlockCache, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, shm, sums},
     prefill,
     runner::{EngineStopped, Runner},
+    scheduler::Budget,
 };
 use forebay_schemas::{
     card::{ModelCard, WorkerLease},
@@ -17,7 +18,7 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     StreamError, Streams,
-    environment::{self, in_process},
+    environment::{self, in_process, off_thread},
     log::LogRef,
     registry::Workers,
     tasks::{Delivery, Verdict},
@@ -60,6 +61,9 @@ const STEP_MAX: Duration = Duration::from_secs(60);
 /// How long a worker that ends waits for word that its lease is over.
 const RESIGN_MAX: Duration = Duration::from_millis(500);
 
+/// How often a slot is looked at that a copy still holds.
+const SLOT_POLL: Duration = Duration::from_millis(1);
+
 /// Kept of the grace for what must still be said when it is over.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -70,8 +74,15 @@ pub struct WorkerConfig {
     pub role: Role,
     /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself.
     pub max_local_prefill_length: u32,
-    /// Tokens of one prefill step.
+    /// Tokens of a prompt that are run at once while nothing decodes.
     pub chunk_tokens: u32,
+    /// Tokens of a step while something decodes: one for each running sequence, the rest for prompts.
+    pub step_tokens: u32,
+    /// Bytes that the prefix cache may take.
+    pub cache_bytes: u64,
+    /// Read KV while the prefill goes on. Without it, a read begins after the prefill's end: only to measure what
+    /// that costs.
+    pub overlap: bool,
     /// How long sealed KV waits for its reader.
     pub kv_lease: Duration,
     /// Attempts in a row without a token after which a request is given up.
@@ -121,6 +132,7 @@ pub(crate) struct Worker {
     pub(crate) runner: Runner,
     pub(crate) slots: SlotPool,
     pub(crate) leases: Leases,
+    pub(crate) cache: BlockCache,
     pub(crate) peers: KvPeers,
     pub(crate) workers: watch::Receiver<Workers>,
     /// The worker was told to stop.
@@ -168,8 +180,10 @@ pub async fn run(
     let id: WorkerId = environment::name(config.role.as_str());
     let incarnation = environment::now_us();
     let EngineCard { layout, layout_hash, .. } = *engine.card();
-    let runner = Runner::start(engine, config.chunk_tokens);
+    let budget = Budget { chunk_tokens: config.chunk_tokens, step_tokens: config.step_tokens };
+    let runner = Runner::start(engine, budget);
     let leases = Leases::create(layout.slots)?;
+    let cache = BlockCache::new(layout.geometry, config.cache_bytes)?;
     let kv = (runner.kv().clone(), layout, layout_hash);
     let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv, leases.clone())
         .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
@@ -186,6 +200,7 @@ pub async fn run(
         runner,
         slots: SlotPool::new(layout.slots),
         leases,
+        cache,
         peers: KvPeers::new(layout_hash),
         stop: stop.clone(),
         grace_over: CancellationToken::new(),
@@ -312,6 +327,14 @@ impl Worker {
         }
     }
 
+    /// Waits until nobody but the caller uses a slot: its KV may still be being kept, or read, although the request is
+    /// over.
+    pub(crate) async fn unused(&self, slot: &Arc<Slot>) {
+        while Arc::strong_count(slot) > 1 {
+            tokio::time::sleep(SLOT_POLL).await;
+        }
+    }
+
     /// Notes that a request runs here, so that a cancel finds it.
     pub(crate) fn enter(&self, request: RequestId) -> CancelFlag {
         let flag = CancelFlag::default();
@@ -370,14 +393,27 @@ impl Worker {
         }
     }
 
-    /// What an event says of sealed KV in one of this worker's slots.
-    pub(crate) fn handle(
-        &self,
-        slot: &Slot,
+    /// The way to the worker that holds a handle's bytes. Blocks, for a moment, the first time.
+    pub(crate) fn transport(&self, handle: &KvHandle) -> Result<Arc<dyn Transport>, ReadError> {
+        let lease = self.workers.borrow().get(&handle.agent).cloned();
+        self.peers.transport(handle, lease.as_deref())
+    }
+
+    /// Seals a range of a slot's positions, which nobody writes any more, under a lease.
+    pub(crate) async fn seal(
+        self: &Arc<Self>,
+        slot: &Arc<Slot>,
         lease: &Sealed,
         tokens: TokenRange,
-        checksums: Vec<u64>,
     ) -> KvHandle {
+        let layout = self.runner.card().layout;
+        let (worker, held) = (self.clone(), slot.clone());
+        let checksums = off_thread(move || sums(worker.runner.kv(), &layout, held.index(), tokens)).await;
+        self.handle(slot, lease, tokens, checksums)
+    }
+
+    /// What an event says of sealed KV in one of this worker's slots.
+    fn handle(&self, slot: &Slot, lease: &Sealed, tokens: TokenRange, checksums: Vec<u64>) -> KvHandle {
         KvHandle {
             agent: self.id.clone(),
             incarnation: self.incarnation,
