@@ -174,7 +174,7 @@ pub async fn run(
     let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv, leases.clone())
         .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
     streams.tasks.ensure(&model.key).await?;
-    streams.registry.publish_model(&model).await?;
+    streams.catalog.publish_model(&model).await?;
     let worker = Arc::new(Worker {
         id,
         incarnation,
