@@ -10,6 +10,7 @@ pub mod cancel;
 pub mod catalog;
 pub mod dead_letters;
 pub mod environment;
+pub mod etcd;
 pub mod follow;
 pub mod jetstream;
 pub mod log;

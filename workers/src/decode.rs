@@ -6,6 +6,8 @@
 
 mod attempt;
 mod handover;
+mod placement;
+mod prefill_workers;
 
 use crate::{
     engine::EngineError,
@@ -28,6 +30,7 @@ use forebay_streams::{
     writer::{LogWriter, WriteError},
 };
 pub(crate) use handover::SharedPlaces;
+pub(crate) use prefill_workers::{PrefillQueue, watch_queue};
 use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 

@@ -20,6 +20,7 @@ use forebay_streams::{
     environment::{self, in_process},
     log::LogRef,
     registry::Workers,
+    settings::{self, Live},
     tasks::{Delivery, Verdict},
 };
 use futures::StreamExt;
@@ -68,8 +69,11 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct WorkerConfig {
     /// What it does.
     pub role: Role,
-    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself.
+    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself, where live
+    /// configuration does not say otherwise.
     pub max_local_prefill_length: u32,
+    /// While this many tasks wait for a prefill worker, decode workers prefill themselves; the same.
+    pub max_prefill_queue_size: u32,
     /// Tokens of one prefill step.
     pub chunk_tokens: u32,
     /// How long sealed KV waits for its reader.
@@ -123,6 +127,10 @@ pub(crate) struct Worker {
     pub(crate) leases: Leases,
     pub(crate) peers: KvPeers,
     pub(crate) workers: watch::Receiver<Workers>,
+    /// What is set for all workers, now.
+    pub(crate) live: Live,
+    /// How many tasks wait for prefill workers. Only kept by decode workers.
+    pub(crate) prefill_queue: decode::PrefillQueue,
     /// The worker was told to stop.
     pub(crate) stop: CancellationToken,
     /// What still runs is to be left as it is.
@@ -182,6 +190,8 @@ pub async fn run(
         model,
         tokenizer,
         workers: streams.registry.workers().await?,
+        live: settings::follow(&*streams.settings).await?,
+        prefill_queue: decode::PrefillQueue::default(),
         streams,
         runner,
         slots: SlotPool::new(layout.slots),
@@ -198,6 +208,9 @@ pub async fn run(
     let mut background = JoinSet::new();
     background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string())));
     background.spawn(in_process(worker.clone().hear_cancels()));
+    if worker.config.role == Role::Decode {
+        background.spawn(in_process(decode::watch_queue(worker.clone())));
+    }
     let outcome = tokio::select! {
         biased;
         () = worker.clone().serve(stop) => Ok(()),

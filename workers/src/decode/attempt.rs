@@ -1,6 +1,11 @@
 //! One attempt at one request: from the claim to its end, or to where another worker goes on.
 
-use super::{RequestError, handover::Leave, release, transport};
+use super::{
+    RequestError,
+    handover::Leave,
+    placement::{Placement, Prompt, place},
+    release, transport,
+};
 use crate::{
     engine::EngineError,
     kv::{ReadError, Sealed, Slot, read_kv},
@@ -15,7 +20,7 @@ use forebay_schemas::{
         TokensGenerated,
     },
     lifecycle::{Lifecycle, Phase},
-    task::{PrefillTask, Role},
+    task::PrefillTask,
 };
 use forebay_streams::{
     environment::off_thread,
@@ -39,23 +44,6 @@ pub(super) enum Outcome {
     Ended,
     /// Another worker goes on; with a lease, its KV waits here to be read.
     Left(Option<Sealed>),
-}
-
-/// Where a prompt is prefilled, and why.
-#[derive(Debug, PartialEq, Eq)]
-enum Placement {
-    Local,
-    Remote { reason: String },
-}
-
-/// Conditional disaggregation: a prompt goes to a prefill worker if there is one and enough to do for it.
-fn place(tokens: u32, max_local_prefill_length: u32, prefill_workers: usize) -> Placement {
-    if prefill_workers == 0 || tokens <= max_local_prefill_length {
-        return Placement::Local;
-    }
-    Placement::Remote {
-        reason: format!("prompt of {tokens} > max_local_prefill_length {max_local_prefill_length}"),
-    }
 }
 
 /// What there is before the first step.
@@ -157,11 +145,13 @@ impl Attempt<'_> {
             };
         }
         let tokens = writer.state().sequence().len() as u32;
-        let prefill_workers = self.prefill_workers();
-        let Placement::Remote { reason } =
-            place(tokens, self.worker.config.max_local_prefill_length, prefill_workers)
-        else {
-            return Ok(Start::Filled(0));
+        let prompt = Prompt { tokens, cached: 0 };
+        let reason = match place(prompt, self.worker.limits(), self.worker.prefill()) {
+            Placement::Remote { reason } => reason,
+            Placement::Local { reason } => {
+                tracing::debug!(log = %self.log, reason, "prefilling here");
+                return Ok(Start::Filled(0));
+            }
         };
         // Subscribed before the task is queued, on the same connection: nothing that follows can be missed.
         let follow = Follow::watch(self.worker.streams.log.clone(), self.log.clone(), writer.seq()).await?;
@@ -207,14 +197,6 @@ impl Attempt<'_> {
         }
     }
 
-    fn prefill_workers(&self) -> usize {
-        let model = &self.worker.model;
-        let fits = |lease: &forebay_schemas::card::WorkerLease| {
-            lease.role == Role::Prefill && lease.model == model.key && lease.layout_hash == model.layout_hash
-        };
-        self.worker.workers.borrow().values().filter(|lease| fits(lease)).count()
-    }
-
     /// The KV must be computed here.
     async fn lost(
         &self,
@@ -249,12 +231,15 @@ impl Attempt<'_> {
         let patience = self.worker.config.prefill_patience;
         let attempt = writer.state().attempt;
         let mut give_up = Instant::now() + patience;
+        let deserted = self.worker.no_prefill_worker_left();
+        tokio::pin!(deserted);
         loop {
             let news = tokio::select! {
                 biased;
                 news = tokio::time::timeout_at(give_up, follow.next()) => news,
                 // A prefill under way is worth waiting for: the sequence can then leave with its KV.
                 () = self.worker.grace_over.cancelled() => return Ok(Waited::Leave(Leave::TimeIsUp)),
+                () = &mut deserted => return Ok(Waited::Lost("no prefill worker is left".into())),
             };
             let recorded = match news {
                 Ok(Ok(recorded)) => recorded,
@@ -353,17 +338,5 @@ impl Attempt<'_> {
                 (None, None) => {}
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn short_prompts_and_lonely_workers_prefill_locally() {
-        assert_eq!(place(100, 128, 2), Placement::Local);
-        assert_eq!(place(1000, 128, 0), Placement::Local);
-        assert!(matches!(place(129, 128, 1), Placement::Remote { reason } if reason.contains("129 > ")));
     }
 }
