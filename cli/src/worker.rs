@@ -17,9 +17,14 @@ use tokio_util::sync::CancellationToken;
 /// How workers work, whatever their role.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct WorkArgs {
-    /// Prompts of at most this many tokens are prefilled by the decode worker itself.
-    #[arg(long, env = "FOREBAY_MAX_LOCAL_PREFILL_LENGTH", default_value_t = 0, value_name = "TOKENS")]
+    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself. `forebay config` changes
+    /// it for all workers while they run.
+    #[arg(long, env = "FOREBAY_MAX_LOCAL_PREFILL_LENGTH", default_value_t = 128, value_name = "TOKENS")]
     max_local_prefill_length: u32,
+    /// While this many tasks wait for a prefill worker, decode workers prefill themselves. `forebay config` changes it
+    /// for all workers while they run.
+    #[arg(long, env = "FOREBAY_MAX_PREFILL_QUEUE_SIZE", default_value_t = 64, value_name = "TASKS")]
+    max_prefill_queue_size: u32,
     /// Tokens of prompts that are run at once while nothing decodes.
     #[arg(long, env = "FOREBAY_CHUNK", default_value_t = 256, value_name = "TOKENS")]
     chunk: u32,
@@ -87,6 +92,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let config = WorkerConfig {
         role,
         max_local_prefill_length: args.work.max_local_prefill_length,
+        max_prefill_queue_size: args.work.max_prefill_queue_size,
         chunk_tokens: args.work.chunk,
         step_tokens: args.work.step_tokens,
         cache_bytes: (args.work.cache_gib.max(0.0) * f64::from(1 << 30)) as u64,

@@ -6,6 +6,8 @@
 
 mod attempt;
 mod handover;
+mod placement;
+mod prefill_workers;
 mod remote;
 
 use crate::{
@@ -27,6 +29,7 @@ use forebay_streams::{
     writer::{LogWriter, WriteError},
 };
 pub(crate) use handover::SharedPlaces;
+pub(crate) use prefill_workers::{PrefillQueue, watch_queue};
 use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 

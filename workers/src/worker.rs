@@ -21,6 +21,7 @@ use forebay_streams::{
     environment::{self, in_process, off_thread},
     log::LogRef,
     registry::Workers,
+    settings::{self, Live},
     tasks::{Delivery, Verdict},
 };
 use futures::StreamExt;
@@ -72,8 +73,11 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct WorkerConfig {
     /// What it does.
     pub role: Role,
-    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself.
+    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself, where live
+    /// configuration does not say otherwise.
     pub max_local_prefill_length: u32,
+    /// While this many tasks wait for a prefill worker, decode workers prefill themselves; the same.
+    pub max_prefill_queue_size: u32,
     /// Tokens of a prompt that are run at once while nothing decodes.
     pub chunk_tokens: u32,
     /// Tokens of a step while something decodes: one for each running sequence, the rest for prompts.
@@ -135,6 +139,10 @@ pub(crate) struct Worker {
     pub(crate) cache: BlockCache,
     pub(crate) peers: KvPeers,
     pub(crate) workers: watch::Receiver<Workers>,
+    /// What is set for all workers, now.
+    pub(crate) live: Live,
+    /// How many tasks wait for prefill workers. Only kept by decode workers.
+    pub(crate) prefill_queue: decode::PrefillQueue,
     /// The worker was told to stop.
     pub(crate) stop: CancellationToken,
     /// What still runs is to be left as it is.
@@ -188,7 +196,7 @@ pub async fn run(
     let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv, leases.clone())
         .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
     streams.tasks.ensure(&model.key).await?;
-    streams.registry.publish_model(&model).await?;
+    streams.catalog.publish_model(&model).await?;
     let worker = Arc::new(Worker {
         id,
         incarnation,
@@ -196,6 +204,8 @@ pub async fn run(
         model,
         tokenizer,
         workers: streams.registry.workers().await?,
+        live: settings::follow(&*streams.settings).await?,
+        prefill_queue: decode::PrefillQueue::default(),
         streams,
         runner,
         slots: SlotPool::new(layout.slots),
@@ -213,6 +223,9 @@ pub async fn run(
     let mut background = JoinSet::new();
     background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string())));
     background.spawn(in_process(worker.clone().hear_cancels()));
+    if worker.config.role == Role::Decode {
+        background.spawn(in_process(decode::watch_queue(worker.clone())));
+    }
     let outcome = tokio::select! {
         biased;
         () = worker.clone().serve(stop) => Ok(()),

@@ -88,6 +88,7 @@ async fn run_worker(streams: Streams, log: LogRef, stop: CancellationToken, engi
     let config = WorkerConfig {
         role: Role::Decode,
         max_local_prefill_length: 0,
+        max_prefill_queue_size: 64,
         chunk_tokens: 8,
         step_tokens: 8,
         cache_bytes: 1 << 20,

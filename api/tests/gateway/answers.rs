@@ -172,7 +172,7 @@ async fn a_long_prompt_is_tokenized_like_a_short_one() {
     let site = Site::start().await;
     let mut long = card(&site.streams, "demo").await;
     long.context_tokens = 100_000;
-    site.streams.registry.publish_model(&long).await.unwrap();
+    site.streams.catalog.publish_model(&long).await.unwrap();
     let text = "water waits in the forebay ".repeat(400);
     let request =
         json!({ "model": "demo", "stream": true, "messages": [{ "role": "user", "content": text }] });

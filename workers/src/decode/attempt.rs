@@ -1,6 +1,11 @@
 //! One attempt at one request: from the claim to its end, or to where another worker goes on.
 
-use super::{RequestError, handover::Leave, release};
+use super::{
+    RequestError,
+    handover::Leave,
+    placement::{Placement, Prompt, place},
+    release,
+};
 use crate::{
     engine::EngineError,
     kv::{ReadError, Sealed, Slot, read_kv},
@@ -14,7 +19,6 @@ use forebay_schemas::{
         Body, Claimed, EngineRef, FinishReason, KvLost, KvTransferred, RequestCompleted, TokensGenerated,
     },
     lifecycle::{Lifecycle, Phase},
-    task::Role,
 };
 use forebay_streams::{environment::off_thread, log::LogRef, tasks::Delivery, writer::LogWriter};
 use std::{mem, sync::Arc};
@@ -29,23 +33,6 @@ pub(super) enum Outcome {
     Ended,
     /// Another worker goes on; with a lease, its KV waits here to be read.
     Left(Option<Sealed>),
-}
-
-/// Where a prompt is prefilled, and why.
-#[derive(Debug, PartialEq, Eq)]
-enum Placement {
-    Local,
-    Remote { reason: String },
-}
-
-/// Conditional disaggregation: a prompt goes to a prefill worker if there is one and enough to do for it.
-fn place(tokens: u32, max_local_prefill_length: u32, prefill_workers: usize) -> Placement {
-    if prefill_workers == 0 || tokens <= max_local_prefill_length {
-        return Placement::Local;
-    }
-    Placement::Remote {
-        reason: format!("prompt of {tokens} > max_local_prefill_length {max_local_prefill_length}"),
-    }
 }
 
 /// What there is before the first step.
@@ -138,20 +125,14 @@ impl Attempt<'_> {
             }
         }
         let cached = self.worker.load_prefix(self.slot, writer.state()).await;
-        let tokens = writer.state().sequence().len() as u32 - cached;
-        let prefill_workers = self.prefill_workers();
-        match place(tokens, self.worker.config.max_local_prefill_length, prefill_workers) {
-            Placement::Local => Ok(Start::Filled { filled: cached, cached }),
+        let prompt = Prompt { tokens: writer.state().sequence().len() as u32, cached };
+        match place(prompt, self.worker.limits(), self.worker.prefill()) {
             Placement::Remote { reason } => self.prefill_remotely(writer, output, cached, reason).await,
+            Placement::Local { reason } => {
+                tracing::debug!(log = %self.log, reason, "prefilling here");
+                Ok(Start::Filled { filled: cached, cached })
+            }
         }
-    }
-
-    fn prefill_workers(&self) -> usize {
-        let model = &self.worker.model;
-        let fits = |lease: &forebay_schemas::card::WorkerLease| {
-            lease.role == Role::Prefill && lease.model == model.key && lease.layout_hash == model.layout_hash
-        };
-        self.worker.workers.borrow().values().filter(|lease| fits(lease)).count()
     }
 
     /// What comes after the `filled` positions must be computed here.
@@ -273,17 +254,5 @@ impl Attempt<'_> {
                 (None, None) => {}
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn short_prompts_and_lonely_workers_prefill_locally() {
-        assert_eq!(place(100, 128, 2), Placement::Local);
-        assert_eq!(place(1000, 128, 0), Placement::Local);
-        assert!(matches!(place(129, 128, 1), Placement::Remote { reason } if reason.contains("129 > ")));
     }
 }

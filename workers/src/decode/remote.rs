@@ -107,6 +107,8 @@ impl Attempt<'_> {
         let attempt = writer.state().attempt;
         let mut give_up = Instant::now() + patience;
         let mut completed = None;
+        let deserted = self.worker.no_prefill_worker_left();
+        tokio::pin!(deserted);
         loop {
             if let Some(at) = completed
                 && reading.is_idle()
@@ -122,6 +124,9 @@ impl Attempt<'_> {
                 // A prefill under way is worth waiting for: the sequence can then leave with its KV.
                 () = self.worker.grace_over.cancelled() => return Ok(Waited::Leave(Leave::TimeIsUp)),
                 news = tokio::time::timeout_at(give_up, follow.next()) => news,
+                () = &mut deserted, if completed.is_none() => {
+                    return Ok(Waited::Lost("no prefill worker is left".into()));
+                }
             };
             let recorded = match news {
                 Ok(Ok(recorded)) => recorded,
