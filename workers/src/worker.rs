@@ -3,7 +3,10 @@
 use crate::{
     decode,
     engine::{Engine, EngineCard},
-    kv::{KvPeers, Leases, Sealed, Slot, SlotPool, shm},
+    kv::{
+        KvOptions, KvPeers, Leases, Sealed, Slot, SlotPool, shm,
+        tcp::{TcpListen, TcpOwner},
+    },
     prefill,
     runner::{EngineStopped, Runner},
 };
@@ -25,6 +28,7 @@ use forebay_streams::{
 use futures::StreamExt;
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     path::PathBuf,
     pin::pin,
     sync::{Arc, Mutex},
@@ -82,6 +86,8 @@ pub struct WorkerConfig {
     pub grace: Duration,
     /// Folder for the Unix socket of the `shm` transport.
     pub socket_folder: PathBuf,
+    /// How KV moves between this worker and others.
+    pub kv: KvOptions,
 }
 
 /// Why a worker ended.
@@ -98,6 +104,14 @@ pub enum WorkerError {
     Socket {
         /// Which folder.
         folder: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+    /// Other hosts can't be served.
+    #[error("listening for reads of KV on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
         /// What happened.
         source: std::io::Error,
     },
@@ -171,8 +185,13 @@ pub async fn run(
     let runner = Runner::start(engine, config.chunk_tokens);
     let leases = Leases::create(layout.slots)?;
     let kv = (runner.kv().clone(), layout, layout_hash);
-    let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv, leases.clone())
+    let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv.clone(), leases.clone())
         .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
+    let serve = |listen: &TcpListen| {
+        TcpOwner::listen(listen, &id, incarnation, kv, leases.clone())
+            .map_err(|source| WorkerError::Listen { address: listen.address, source })
+    };
+    let tcp_owner = config.kv.listen.as_ref().map(serve).transpose()?;
     streams.tasks.ensure(&model.key).await?;
     streams.registry.publish_model(&model).await?;
     let worker = Arc::new(Worker {
@@ -186,7 +205,7 @@ pub async fn run(
         runner,
         slots: SlotPool::new(layout.slots),
         leases,
-        peers: KvPeers::new(layout_hash),
+        peers: KvPeers::new(layout_hash, &config.kv),
         stop: stop.clone(),
         grace_over: CancellationToken::new(),
         pulling: watch::channel(0).0,
@@ -196,7 +215,8 @@ pub async fn run(
     });
     tracing::info!(worker = %worker.id, model = worker.model.name, slots = layout.slots, "ready");
     let mut background = JoinSet::new();
-    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string())));
+    let kv_tcp = tcp_owner.as_ref().map(|owner| owner.advertised().to_owned());
+    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string(), kv_tcp)));
     background.spawn(in_process(worker.clone().hear_cancels()));
     let outcome = tokio::select! {
         biased;
@@ -393,7 +413,7 @@ impl Worker {
     }
 
     /// Renews the worker's lease several times within its time, and at once when the worker is told to stop.
-    async fn hold_lease(self: Arc<Self>, kv_socket: String) {
+    async fn hold_lease(self: Arc<Self>, kv_socket: String, kv_tcp: Option<String>) {
         let host = shm::host_id();
         let pause = self.streams.registry.lease_time() / 4;
         loop {
@@ -407,7 +427,7 @@ impl Worker {
                 free_slots: self.slots.free(),
                 host: host.clone(),
                 kv_socket: kv_socket.clone(),
-                kv_tcp: None,
+                kv_tcp: kv_tcp.clone(),
                 active_tokens: self.runner.active_tokens(),
                 draining: self.stop.is_cancelled(),
                 kv_leases: self.leases.held(),

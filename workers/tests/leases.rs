@@ -7,7 +7,9 @@ use forebay_schemas::{
     kv::{KvDtype, KvGeometry, KvHandle, KvLayout, LayoutHash, TokenRange},
     task::Role,
 };
-use forebay_workers::kv::{KvPeers, Leases, ReadError, Sealed, Transport, Word, read_kv, shm, sums};
+use forebay_workers::kv::{
+    KvOptions, KvPeers, Leases, ReadError, Sealed, Transport, Word, read_kv, shm, sums,
+};
 use std::{
     path::Path,
     process::{Child, Command, Stdio},
@@ -101,7 +103,7 @@ struct Reader {
 impl Reader {
     fn new() -> Reader {
         let region = Region::create("reader", LAYOUT.region_bytes()).unwrap();
-        Reader { region, peers: KvPeers::new(HASH) }
+        Reader { region, peers: KvPeers::new(HASH, &KvOptions::default()) }
     }
 
     fn way(&self, handle: &KvHandle, socket: &Path) -> Arc<dyn Transport> {
