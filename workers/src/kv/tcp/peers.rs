@@ -57,8 +57,11 @@ impl TcpPeers {
         let key = (handle.agent.clone(), handle.incarnation);
         let mut known = self.known.lock().expect("no panics while held");
         let advertised = lease.and_then(|lease| lease.kv_tcp.as_deref());
+        let greeting = Greeting::of(handle);
         if let Some(peer) = known.get(&key)
             && advertised.is_none_or(|address| address == peer.address)
+            // The first handle may have been wrong about the owner.
+            && peer.greeting == greeting
         {
             return Ok(peer.clone());
         }
@@ -74,7 +77,7 @@ impl TcpPeers {
         }
         let peer = Arc::new(TcpPeer {
             address: address.to_owned(),
-            greeting: Greeting::of(handle),
+            greeting,
             streams: self.options.streams.clamp(1, STREAMS_MAX),
             pool: Mutex::default(),
             given_back: Condvar::new(),
