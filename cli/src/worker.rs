@@ -2,6 +2,7 @@
 
 use crate::{
     config::{NatsArgs, data_folder, end_with_parent, init_logging, runtime, told_to_stop},
+    kv::KvArgs,
     model::ModelArgs,
 };
 use anyhow::Context;
@@ -63,6 +64,8 @@ pub(crate) struct WorkerArgs {
     slots: Option<u32>,
     #[command(flatten)]
     work: WorkArgs,
+    #[command(flatten)]
+    kv: KvArgs,
     /// Seconds that running requests get to finish after Ctrl-C or SIGTERM.
     #[arg(long, env = "FOREBAY_GRACE_S", default_value_t = 30, value_name = "SECONDS")]
     grace_s: u64,
@@ -102,6 +105,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         prefill_patience: Duration::from_secs(args.work.prefill_patience_s),
         grace: Duration::from_secs(args.grace_s),
         socket_folder: args.sockets.unwrap_or_else(socket_folder),
+        kv: args.kv.options(&args.nats.nats)?,
     };
     let runtime = runtime(2)?;
     runtime.block_on(async move {

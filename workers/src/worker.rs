@@ -3,7 +3,10 @@
 use crate::{
     decode,
     engine::{Engine, EngineCard},
-    kv::{BlockCache, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, shm, sums},
+    kv::{
+        BlockCache, KvOptions, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, shm, sums,
+        tcp::{TcpListen, TcpOwner},
+    },
     prefill,
     runner::{EngineStopped, Runner},
     scheduler::Budget,
@@ -27,6 +30,7 @@ use forebay_streams::{
 use futures::StreamExt;
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     path::PathBuf,
     pin::pin,
     sync::{Arc, Mutex},
@@ -61,6 +65,9 @@ const STEP_MAX: Duration = Duration::from_secs(60);
 
 /// How long a worker that ends waits for word that its lease is over.
 const RESIGN_MAX: Duration = Duration::from_millis(500);
+
+/// How often the token budget is looked up.
+const BUDGET_POLL: Duration = Duration::from_millis(200);
 
 /// How often a slot is looked at that a copy still holds.
 const SLOT_POLL: Duration = Duration::from_millis(1);
@@ -97,6 +104,8 @@ pub struct WorkerConfig {
     pub grace: Duration,
     /// Folder for the Unix socket of the `shm` transport.
     pub socket_folder: PathBuf,
+    /// How KV moves between this worker and others.
+    pub kv: KvOptions,
 }
 
 /// Why a worker ended.
@@ -113,6 +122,14 @@ pub enum WorkerError {
     Socket {
         /// Which folder.
         folder: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+    /// Other hosts can't be served.
+    #[error("listening for reads of KV on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
         /// What happened.
         source: std::io::Error,
     },
@@ -193,8 +210,13 @@ pub async fn run(
     let leases = Leases::create(layout.slots)?;
     let cache = BlockCache::new(layout.geometry, config.cache_bytes)?;
     let kv = (runner.kv().clone(), layout, layout_hash);
-    let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv, leases.clone())
+    let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv.clone(), leases.clone())
         .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
+    let serve = |listen: &TcpListen| {
+        TcpOwner::listen(listen, &id, incarnation, kv, leases.clone())
+            .map_err(|source| WorkerError::Listen { address: listen.address, source })
+    };
+    let tcp_owner = config.kv.listen.as_ref().map(serve).transpose()?;
     streams.tasks.ensure(&model.key).await?;
     streams.catalog.publish_model(&model).await?;
     let worker = Arc::new(Worker {
@@ -211,7 +233,7 @@ pub async fn run(
         slots: SlotPool::new(layout.slots),
         leases,
         cache,
-        peers: KvPeers::new(layout_hash),
+        peers: KvPeers::new(layout_hash, &config.kv),
         stop: stop.clone(),
         grace_over: CancellationToken::new(),
         pulling: watch::channel(0).0,
@@ -221,8 +243,10 @@ pub async fn run(
     });
     tracing::info!(worker = %worker.id, model = worker.model.name, slots = layout.slots, "ready");
     let mut background = JoinSet::new();
-    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string())));
+    let kv_tcp = tcp_owner.as_ref().map(|owner| owner.advertised().to_owned());
+    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string(), kv_tcp)));
     background.spawn(in_process(worker.clone().hear_cancels()));
+    background.spawn(in_process(worker.clone().keep_budget()));
     if worker.config.role == Role::Decode {
         background.spawn(in_process(decode::watch_queue(worker.clone())));
     }
@@ -262,6 +286,21 @@ impl Worker {
             tracing::warn!("the grace period is over; the rest is left to other workers");
             self.grace_over.cancel();
             let _ = tokio::time::timeout(self.config.grace - grace, drained).await;
+        }
+    }
+
+    /// Gives the engine the token budget that is set for all workers, or this one's own.
+    async fn keep_budget(self: Arc<Self>) {
+        let own = Budget { chunk_tokens: self.config.chunk_tokens, step_tokens: self.config.step_tokens };
+        let mut given = own;
+        loop {
+            let step_tokens = self.live.borrow().step_tokens.unwrap_or(own.step_tokens);
+            let budget = Budget { step_tokens, ..own };
+            if budget != given {
+                self.runner.set_budget(budget).await;
+                given = budget;
+            }
+            tokio::time::sleep(BUDGET_POLL).await;
         }
     }
 
@@ -442,7 +481,7 @@ impl Worker {
     }
 
     /// Renews the worker's lease several times within its time, and at once when the worker is told to stop.
-    async fn hold_lease(self: Arc<Self>, kv_socket: String) {
+    async fn hold_lease(self: Arc<Self>, kv_socket: String, kv_tcp: Option<String>) {
         let host = shm::host_id();
         let pause = self.streams.registry.lease_time() / 4;
         loop {
@@ -456,7 +495,7 @@ impl Worker {
                 free_slots: self.slots.free(),
                 host: host.clone(),
                 kv_socket: kv_socket.clone(),
-                kv_tcp: None,
+                kv_tcp: kv_tcp.clone(),
                 active_tokens: self.runner.active_tokens(),
                 draining: self.stop.is_cancelled(),
                 kv_leases: self.leases.held(),

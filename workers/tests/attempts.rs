@@ -12,6 +12,7 @@ use forebay_workers::{
         Draw, Engine, EngineCard, EngineError, Row, Sampled,
         sim::{SimEngine, SimOptions, SimPace},
     },
+    kv::KvOptions,
     model::ModelText,
     worker::{self, WorkerConfig},
 };
@@ -98,6 +99,7 @@ async fn run_worker(streams: Streams, log: LogRef, stop: CancellationToken, engi
         prefill_patience: Duration::from_secs(5),
         grace: Duration::from_secs(5),
         socket_folder: sockets.path().to_owned(),
+        kv: KvOptions::default(),
     };
     worker::run(config, engine, card, text.tokenizer, streams, stop).await.unwrap();
 }

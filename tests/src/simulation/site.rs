@@ -18,6 +18,7 @@ use forebay_workers::{
         Engine,
         sim::{SimEngine, SimOptions, SimPace},
     },
+    kv::KvOptions,
     model::ModelText,
     worker::{self, WorkerConfig},
 };
@@ -128,6 +129,7 @@ impl Plan {
                 prefill_patience: between_ms(500..=3000),
                 grace: between_ms(100..=6000),
                 socket_folder: PathBuf::from(folder),
+                kv: KvOptions::default(),
             },
             gateway: GatewayConfig {
                 gateway: GatewayId::new("gw").expect("a name"),

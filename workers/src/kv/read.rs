@@ -1,14 +1,12 @@
 //! Reading a peer's KV: the protocol, above every transport.
 
-use super::shm::ShmPeers;
 use forebay_kernels::Region;
 use forebay_schemas::{
-    card::WorkerLease,
     ids::WorkerId,
     kv::{KvHandle, KvLayout, LayoutHash},
 };
 use forebay_streams::environment::pause;
-use std::{ops::Deref, sync::Arc};
+use std::ops::Deref;
 use tokio::time::Instant;
 
 /// Why KV could not be had. The reader then computes it itself.
@@ -47,6 +45,16 @@ pub enum ReadError {
         expected: u64,
         /// The slot's.
         found: u64,
+    },
+    /// The owner serves no such read.
+    #[error("worker {agent} refuses to have slot {slot} read: {cause}")]
+    Refused {
+        /// Whose KV.
+        agent: WorkerId,
+        /// Which slot.
+        slot: u32,
+        /// What the owner says.
+        cause: &'static str,
     },
     /// What was read is not what was sealed.
     #[error("checksum of group {group} of slot {slot} of worker {agent} does not match")]
@@ -87,32 +95,6 @@ pub trait Transport: Send + Sync {
 
     /// Gives the lease back.
     fn release(&self, handle: &KvHandle);
-}
-
-/// The peers that this worker can read from.
-pub struct KvPeers {
-    shm: ShmPeers,
-    layout_hash: LayoutHash,
-}
-
-impl KvPeers {
-    /// No peer known yet; all must have this layout hash.
-    pub fn new(layout_hash: LayoutHash) -> KvPeers {
-        KvPeers { shm: ShmPeers::default(), layout_hash }
-    }
-
-    /// The transport to the worker that holds a handle's bytes; `lease` is what the registry knows of it.
-    pub fn transport(
-        &self,
-        handle: &KvHandle,
-        lease: Option<&WorkerLease>,
-    ) -> Result<Arc<dyn Transport>, ReadError> {
-        if handle.layout_hash != self.layout_hash {
-            let agent = handle.agent.clone();
-            return Err(ReadError::Layout { agent, expected: self.layout_hash, found: handle.layout_hash });
-        }
-        self.shm.peer(handle, lease)
-    }
 }
 
 /// A finished read.
