@@ -2,6 +2,7 @@
 
 use crate::{
     config::{NatsArgs, RegistryArgs, data_folder, end_with_parent, init_logging, runtime, told_to_stop},
+    kv::KvArgs,
     model::ModelArgs,
 };
 use anyhow::Context;
@@ -25,9 +26,19 @@ pub(crate) struct WorkArgs {
     /// for all workers while they run.
     #[arg(long, env = "FOREBAY_MAX_PREFILL_QUEUE_SIZE", default_value_t = 64, value_name = "TASKS")]
     max_prefill_queue_size: u32,
-    /// Tokens of a prompt that are run at once; between chunks, other sequences decode.
+    /// Tokens of prompts that are run at once while nothing decodes.
     #[arg(long, env = "FOREBAY_CHUNK", default_value_t = 256, value_name = "TOKENS")]
     chunk: u32,
+    /// Tokens of a step while something decodes: one for each running answer, the rest for prompts. Less keeps the
+    /// pace of answers, more lets prompts through.
+    #[arg(long, env = "FOREBAY_STEP_TOKENS", default_value_t = 32, value_name = "TOKENS")]
+    step_tokens: u32,
+    /// GiB of memory for the KV of prefixes that were seen before; 0 turns the prefix cache off.
+    #[arg(long, env = "FOREBAY_CACHE_GIB", default_value_t = 2.0, value_name = "GIB")]
+    cache_gib: f64,
+    /// Read KV only once the whole prompt is run: to measure what reading it earlier saves.
+    #[arg(long, env = "FOREBAY_BENCH_NO_OVERLAP", hide = true)]
+    bench_no_overlap: bool,
     /// Seconds that a prefill worker keeps KV for the decode worker.
     #[arg(long, env = "FOREBAY_KV_LEASE_S", default_value_t = 60, value_name = "SECONDS")]
     kv_lease_s: u64,
@@ -55,6 +66,8 @@ pub(crate) struct WorkerArgs {
     slots: Option<u32>,
     #[command(flatten)]
     work: WorkArgs,
+    #[command(flatten)]
+    kv: KvArgs,
     /// Seconds that running requests get to finish after Ctrl-C or SIGTERM.
     #[arg(long, env = "FOREBAY_GRACE_S", default_value_t = 30, value_name = "SECONDS")]
     grace_s: u64,
@@ -86,11 +99,15 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         max_local_prefill_length: args.work.max_local_prefill_length,
         max_prefill_queue_size: args.work.max_prefill_queue_size,
         chunk_tokens: args.work.chunk,
+        step_tokens: args.work.step_tokens,
+        cache_bytes: (args.work.cache_gib.max(0.0) * f64::from(1 << 30)) as u64,
+        overlap: !args.work.bench_no_overlap,
         kv_lease: Duration::from_secs(args.work.kv_lease_s),
         attempts_max: args.work.max_attempts.max(1),
         prefill_patience: Duration::from_secs(args.work.prefill_patience_s),
         grace: Duration::from_secs(args.grace_s),
         socket_folder: args.sockets.unwrap_or_else(socket_folder),
+        kv: args.kv.options(&args.nats.nats)?,
     };
     let runtime = runtime(2)?;
     runtime.block_on(async move {

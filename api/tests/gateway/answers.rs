@@ -128,7 +128,7 @@ async fn the_first_token_of_a_remote_prefill_is_streamed_before_the_kv_has_moved
     attempt.writer.append(Body::PrefillCompleted(done)).await.unwrap();
     assert_eq!(events.chunk().await.choices[0].delta.content.as_deref(), Some("First"));
 
-    let moved = KvTransferred { bytes: 1, tokens: 9, read_us: 1, transport: "shm".into() };
+    let moved = KvTransferred { bytes: 1, tokens: 9, read_us: 1, after_us: 0, transport: "shm".into() };
     attempt.writer.append(Body::KvTransferred(moved)).await.unwrap();
     attempt.text(" second").await;
     assert_eq!(events.chunk().await.choices[0].delta.content.as_deref(), Some(" second"));
