@@ -4,7 +4,7 @@ use crate::{
     config::{NatsArgs, RegistryArgs, init_logging, runtime},
     show::print,
 };
-use clap::{Args, Subcommand};
+use clap::{Args, ValueEnum};
 use forebay_schemas::config::{LiveConfig, SETTINGS, Setting, setting};
 use forebay_streams::settings::SettingsStore;
 use std::collections::BTreeMap;
@@ -16,89 +16,67 @@ process was started. A value that a setting does not take is refused here; one t
 means is ignored, and the last good one stays.
 
 Examples:
-  forebay config list                                    all settings, what they do and where they stand
-  forebay config set max_local_prefill_length 512        longer prompts stay with the decode worker
-  forebay config unset max_local_prefill_length          back to what each worker was started with")]
+  forebay config list                                all settings, what they do, where they stand
+  forebay config set max_local_prefill_length 512    longer prompts stay with the decode worker
+  forebay config unset max_local_prefill_length      back to what each worker was started with")]
 pub(crate) struct ConfigArgs {
-    #[command(subcommand)]
+    /// What to do.
+    #[arg(value_name = "ACTION")]
     action: Action,
-}
-
-#[derive(Args, Debug)]
-struct StoreArgs {
+    /// Which setting, for all but `list`.
+    #[arg(required_if_eq_any([("action", "get"), ("action", "set"), ("action", "unset")]), value_name = "KEY")]
+    key: Option<String>,
+    /// Its value, for `set`.
+    #[arg(required_if_eq("action", "set"), allow_negative_numbers = true, value_name = "VALUE")]
+    value: Option<String>,
     #[command(flatten)]
     nats: NatsArgs,
     #[command(flatten)]
     registry: RegistryArgs,
 }
 
-#[derive(Subcommand, Debug)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum Action {
     /// All settings: value, where it comes from, what it does.
-    List {
-        #[command(flatten)]
-        store: StoreArgs,
-    },
+    List,
     /// The value of one that is set.
-    Get {
-        /// Which setting.
-        key: String,
-        #[command(flatten)]
-        store: StoreArgs,
-    },
+    Get,
     /// Set one, everywhere and from now on.
-    Set {
-        /// Which setting.
-        key: String,
-        /// Its value.
-        #[arg(allow_negative_numbers = true)]
-        value: String,
-        #[command(flatten)]
-        store: StoreArgs,
-    },
+    Set,
     /// Unset one: each process goes by what it was started with.
-    Unset {
-        /// Which setting.
-        key: String,
-        #[command(flatten)]
-        store: StoreArgs,
-    },
+    Unset,
 }
 
 pub(crate) fn run(args: &ConfigArgs) -> anyhow::Result<()> {
     init_logging("warn");
+    let (key, value) = (args.key.as_deref().unwrap_or_default(), args.value.as_deref().map(str::trim));
     // A mistake is told before anything is connected to.
-    match &args.action {
-        Action::Set { key, value, .. } => LiveConfig::default().set(key, Some(value))?,
-        Action::Get { key, .. } | Action::Unset { key, .. } => setting(key).map(drop)?,
-        Action::List { .. } => {}
+    match args.action {
+        Action::List => {}
+        Action::Set => LiveConfig::default().set(key, value)?,
+        Action::Get | Action::Unset => setting(key).map(drop)?,
     }
-    let (Action::List { store }
-    | Action::Get { store, .. }
-    | Action::Set { store, .. }
-    | Action::Unset { store, .. }) = &args.action;
     runtime(1)?.block_on(async {
-        let streams = store.registry.apply(store.nats.connect("log", "config").await?).await?;
-        act(&args.action, &*streams.settings).await
+        let streams = args.registry.apply(args.nats.connect("log", "config").await?).await?;
+        act(args.action, key, value.unwrap_or_default(), &*streams.settings).await
     })
 }
 
-async fn act(action: &Action, store: &dyn SettingsStore) -> anyhow::Result<()> {
+async fn act(action: Action, key: &str, value: &str, store: &dyn SettingsStore) -> anyhow::Result<()> {
     match action {
-        Action::List { .. } => {
+        Action::List => {
             let values = store.watch().await?.borrow().clone();
             list(&values).iter().try_for_each(print)
         }
-        Action::Get { key, .. } => match store.get(key).await? {
+        Action::Get => match store.get(key).await? {
             Some(value) => print(value),
             None => print(format!("not set: {}", setting(key)?.otherwise)),
         },
-        Action::Set { key, value, .. } => {
-            let value = value.trim();
+        Action::Set => {
             store.put(key, value).await?;
             print(format!("{key} = {value}"))
         }
-        Action::Unset { key, .. } => {
+        Action::Unset => {
             store.remove(key).await?;
             print(format!("{key} is not set: {}", setting(key)?.otherwise))
         }
