@@ -250,8 +250,9 @@ const AWAY: Duration = Duration::from_secs(10);
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nats_may_be_away() {
     let folder = tempfile::tempdir().unwrap();
-    let server = Arc::new(Mutex::new(Server::start(None, folder.path(), 0).unwrap()));
-    let store = nats(&server.lock().unwrap().url()).await;
+    let server = Server::start(None, folder.path(), 0).unwrap();
+    let store = nats(&server.url()).await;
+    let server = Arc::new(Mutex::new(server));
     let interrupted = server.clone();
     an_absence_harms_nobody(store, move || {
         interrupted.lock().unwrap().kill();
@@ -264,8 +265,8 @@ async fn nats_may_be_away() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn etcd_may_be_away() {
     let Some(server) = EtcdServer::start() else { return };
+    let store = etcd(&server.url()).await;
     let server = Arc::new(Mutex::new(server));
-    let store = etcd(&server.lock().unwrap().url()).await;
     let interrupted = server.clone();
     an_absence_harms_nobody(store, move || {
         interrupted.lock().unwrap().kill();
