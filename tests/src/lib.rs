@@ -7,6 +7,7 @@ pub mod client;
 pub mod deployment;
 pub mod files;
 pub mod invariants;
+pub mod namespaces;
 pub mod process;
 pub mod python;
 pub mod simulation;
