@@ -12,10 +12,12 @@ mod link;
 mod owner;
 mod peers;
 mod serve;
+mod tls;
 mod wire;
 
 pub use owner::{TcpListen, TcpOwner};
 pub use peers::TcpPeers;
+pub use tls::{TLS_NAME, Tls, TlsError, TlsFiles};
 
 use std::time::Duration;
 
@@ -32,14 +34,17 @@ const IDLE_MAX: Duration = Duration::from_secs(60);
 const IDLE_USE_MAX: Duration = Duration::from_secs(45);
 
 /// How `tcp` reads.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TcpOptions {
-    /// Connections that one large read uses at once: 1 to 4.
+    /// Connections that one large read uses at once: 1 to 4. One is enough where cores are scarce, and as fast over
+    /// loopback; a network that limits each connection may want more.
     pub streams: usize,
+    /// Encrypts, and tells own workers from others; both sides must have it, or none.
+    pub tls: Option<Tls>,
 }
 
 impl Default for TcpOptions {
     fn default() -> Self {
-        TcpOptions { streams: 2 }
+        TcpOptions { streams: 1, tls: None }
     }
 }

@@ -3,6 +3,7 @@
 use super::{
     CONNECT_TIMEOUT, IO_TIMEOUT,
     link::Link,
+    tls::Tls,
     wire::{ANSWER_BYTES, Answer, GATHER_BELOW, MAGIC, Operation, Request, frames},
 };
 use crate::kv::greeting::Greeting;
@@ -48,8 +49,8 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Connects to `host:port`, and makes sure that it is the owner that is meant.
-    pub(super) fn open(address: &str, meant: &Greeting) -> Result<Connection, Failure> {
-        let mut link = Link::over(connect(address)?)?;
+    pub(super) fn open(address: &str, meant: &Greeting, tls: Option<&Tls>) -> Result<Connection, Failure> {
+        let mut link = Link::connected(connect(address)?, tls)?;
         let greeting = serde_json::to_vec(meant).expect("plain data always encodes");
         let length = (greeting.len() as u32).to_le_bytes();
         link.patience(CONNECT_TIMEOUT)?;

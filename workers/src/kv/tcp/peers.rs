@@ -3,6 +3,7 @@
 use super::{
     IDLE_USE_MAX, IO_TIMEOUT, TcpOptions,
     connection::{Connection, Failure, Target},
+    tls::Tls,
     wire::{Answer, Operation},
 };
 use crate::kv::{
@@ -79,6 +80,7 @@ impl TcpPeers {
             address: address.to_owned(),
             greeting,
             streams: self.options.streams.clamp(1, STREAMS_MAX),
+            tls: self.options.tls.clone(),
             pool: Mutex::default(),
             given_back: Condvar::new(),
         });
@@ -97,6 +99,7 @@ struct TcpPeer {
     address: String,
     greeting: Greeting,
     streams: usize,
+    tls: Option<Tls>,
     pool: Mutex<Pool>,
     given_back: Condvar,
 }
@@ -131,7 +134,7 @@ impl TcpPeer {
                 drop(pool);
                 // Dropped without a connection, it makes room again.
                 let mut taken = Taken { peer: self, connection: None, reused: false };
-                taken.connection = Some(Connection::open(&self.address, &self.greeting)?);
+                taken.connection = Some(Connection::open(&self.address, &self.greeting, self.tls.as_ref())?);
                 return Ok(Some(taken));
             }
             let left = give_up.saturating_duration_since(Instant::now());
