@@ -303,6 +303,6 @@ mod tests {
     #[test]
     fn parts_are_the_whole() {
         assert_eq!(split(16..32, 3), [16..21, 21..26, 26..32]);
-        assert_eq!(split(0..1, 1), [0..1]);
+        assert_eq!(split(0..16, 4), [0..4, 4..8, 8..12, 12..16]);
     }
 }
