@@ -6,6 +6,7 @@
 
 pub mod cache;
 pub mod card;
+pub mod config;
 pub mod dead_letter;
 pub mod event;
 pub mod export;

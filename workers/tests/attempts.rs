@@ -89,7 +89,11 @@ async fn run_worker(streams: Streams, log: LogRef, stop: CancellationToken, engi
     let config = WorkerConfig {
         role: Role::Decode,
         max_local_prefill_length: 0,
+        max_prefill_queue_size: 64,
         chunk_tokens: 8,
+        step_tokens: 8,
+        cache_bytes: 1 << 20,
+        overlap: true,
         kv_lease: Duration::from_secs(5),
         attempts_max: 5,
         prefill_patience: Duration::from_secs(5),

@@ -16,6 +16,7 @@ pub(crate) const LOG: &str = "FB_LOG";
 pub(crate) const DLQ: &str = "FB_DLQ";
 pub(crate) const MODELS: &str = "fb_models";
 pub(crate) const WORKERS: &str = "fb_workers";
+pub(crate) const CONFIG: &str = "fb_config";
 pub(crate) const BLOBS: &str = "fb_blobs";
 
 /// The consumer of the server's advisories of spent deliveries.
@@ -108,6 +109,7 @@ pub(crate) async fn ensure(context: &Context, limits: &Limits) -> Result<(), Str
     };
     ensure_bucket(context, bucket(MODELS, Duration::ZERO)).await?;
     ensure_bucket(context, bucket(WORKERS, limits.lease_time)).await?;
+    ensure_bucket(context, bucket(CONFIG, Duration::ZERO)).await?;
     if context.get_object_store(BLOBS).await.is_err() {
         let config = object_store::Config {
             bucket: BLOBS.to_owned(),
