@@ -11,6 +11,7 @@ mod connection;
 mod link;
 mod owner;
 mod peers;
+mod pool;
 mod serve;
 mod tls;
 mod wire;
@@ -26,6 +27,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long either side waits for bytes, or for room for them, in the middle of something.
 const IO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a reader waits for word that a lease was given back.
+const BRIEF_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// How long an owner keeps a connection on which nothing is asked.
 const IDLE_MAX: Duration = Duration::from_secs(60);

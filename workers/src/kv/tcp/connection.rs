@@ -1,7 +1,7 @@
 //! One connection as its reader uses it.
 
 use super::{
-    CONNECT_TIMEOUT, IO_TIMEOUT,
+    BRIEF_TIMEOUT, CONNECT_TIMEOUT, IO_TIMEOUT,
     link::Link,
     tls::Tls,
     wire::{ANSWER_BYTES, Answer, GATHER_BELOW, MAGIC, Operation, Request, frames},
@@ -65,6 +65,14 @@ impl Connection {
     pub(super) fn ask(&mut self, operation: Operation, handle: &KvHandle) -> Result<u64, Failure> {
         self.link.send(&Request::new(operation, handle).encode(), false)?;
         self.answer()
+    }
+
+    /// Asks for what is not worth waiting for: a reader that is done may be in a hurry.
+    pub(super) fn ask_briefly(&mut self, operation: Operation, handle: &KvHandle) -> Result<u64, Failure> {
+        self.link.patience(BRIEF_TIMEOUT)?;
+        let answer = self.ask(operation, handle);
+        self.link.patience(IO_TIMEOUT)?;
+        answer
     }
 
     /// Reads these planes of the handle's tokens, and returns the sum of the bytes as stored.
