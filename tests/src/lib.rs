@@ -8,6 +8,7 @@ pub mod deployment;
 pub mod etcd;
 pub mod files;
 pub mod invariants;
+pub mod namespaces;
 pub mod process;
 pub mod python;
 pub mod simulation;
