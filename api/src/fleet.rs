@@ -85,6 +85,7 @@ mod tests {
             active_tokens: 0,
             draining: false,
             kv_leases,
+            own_queue: false,
         }
     }
 

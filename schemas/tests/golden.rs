@@ -238,6 +238,7 @@ fn frozen_registry_entries_decode_and_encode() {
         active_tokens: 0,
         draining: false,
         kv_leases: 0,
+        own_queue: false,
     };
     let text = golden("ModelCard.json", || json(&card));
     assert_eq!(serde_json::from_str::<ModelCard>(&text).unwrap(), card);

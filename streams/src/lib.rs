@@ -12,6 +12,7 @@ pub mod follow;
 pub mod jetstream;
 pub mod log;
 pub mod memory;
+pub mod own_queues;
 pub mod registry;
 pub mod server;
 pub mod tasks;
@@ -19,13 +20,15 @@ pub mod writer;
 
 use std::sync::Arc;
 
-/// The four faces of one backend.
+/// The faces of one backend.
 #[derive(Clone)]
 pub struct Streams {
     /// Logs of requests.
     pub log: Arc<dyn log::EventLog>,
     /// Queues of tasks.
     pub tasks: Arc<dyn tasks::Tasks>,
+    /// Queues of single decode workers.
+    pub own_queues: Arc<dyn own_queues::OwnQueues>,
     /// Tasks that nobody could do.
     pub dead_letters: Arc<dyn dead_letters::DeadLetters>,
     /// Models and workers.

@@ -89,6 +89,7 @@ fn registered(socket: &Path) -> WorkerLease {
         active_tokens: 0,
         draining: false,
         kv_leases: 1,
+        own_queue: false,
     }
 }
 

@@ -139,6 +139,7 @@ impl Owner {
             active_tokens: 0,
             draining: false,
             kv_leases: 0,
+            own_queue: false,
         };
         Ok(Owner { region, layout, leases, lease, _socket: socket })
     }

@@ -3,6 +3,7 @@
 mod connect;
 mod dead_letters;
 mod log;
+mod own_queues;
 mod registry;
 mod tasks;
 mod topology;
@@ -32,7 +33,13 @@ pub(crate) struct JetStream {
 impl JetStream {
     fn streams(self) -> Streams {
         let shared = Arc::new(self);
-        Streams { log: shared.clone(), tasks: shared.clone(), dead_letters: shared.clone(), registry: shared }
+        Streams {
+            log: shared.clone(),
+            tasks: shared.clone(),
+            own_queues: shared.clone(),
+            dead_letters: shared.clone(),
+            registry: shared,
+        }
     }
 
     /// Resolves when the connection breaks: an answer that is outstanding then will not come.

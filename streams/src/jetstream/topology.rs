@@ -2,14 +2,17 @@
 //! older server ignores settings that it does not know.
 
 use super::failed;
-use crate::StreamError;
+use crate::{StreamError, own_queues::Owner};
 use async_nats::jetstream::{
     Context,
     consumer::{AckPolicy, pull},
     kv, object_store,
     stream::{Config, DiscardPolicy, Republish, RetentionPolicy, StorageType},
 };
-use forebay_schemas::{ids::ModelKey, task::Role};
+use forebay_schemas::{
+    ids::{ModelKey, WorkerId},
+    task::Role,
+};
 use std::time::Duration;
 
 pub(crate) const LOG: &str = "FB_LOG";
@@ -89,6 +92,25 @@ pub(crate) fn queue_subject(role: Role, model: &ModelKey) -> String {
         Role::Prefill => format!("fb.q.prefill.{model}"),
     }
 }
+
+/// The subject of a decode worker's own queue.
+pub(crate) fn own_subject(owner: &Owner) -> String {
+    format!("fb.q.decode.{}.w.{}", owner.model, owner.worker)
+}
+
+/// The subjects of all of them.
+pub(crate) const OWN_SUBJECTS: &str = "fb.q.decode.*.w.*";
+
+/// The consumer of a decode worker's own queue. No other consumer's name begins like that, and workers' names are unique.
+pub(crate) fn own_consumer_name(worker: &WorkerId) -> String {
+    format!("{OWN}{worker}")
+}
+
+/// What the names of these consumers begin with.
+pub(crate) const OWN: &str = "own-";
+
+/// How long a worker's own queue may go unused: a backstop, for a worker that died while no gateway looked.
+const OWN_UNUSED_MAX: Duration = Duration::from_secs(600);
 
 /// Makes streams and buckets that are missing, and checks those that are there.
 pub(crate) async fn ensure(context: &Context, limits: &Limits) -> Result<(), StreamError> {
@@ -280,4 +302,27 @@ pub(crate) async fn ensure_consumer(
         stream.update_consumer(wanted).await.map_err(failed(format!("updating consumer {name}")))?;
     }
     Ok(())
+}
+
+/// Makes the consumer of a decode worker's own queue.
+pub(crate) async fn ensure_own_consumer(
+    context: &Context,
+    owner: &Owner,
+    limits: &Limits,
+) -> Result<(), StreamError> {
+    let name = own_consumer_name(&owner.worker);
+    let what = format!("making consumer {name}");
+    let stream = context.get_stream_no_info(queue_stream(Role::Decode)).await.map_err(failed(&what))?;
+    let wanted = pull::Config {
+        durable_name: Some(name.clone()),
+        description: Some("tasks for one worker, which has a part of their KV".to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: limits.ack_wait,
+        max_deliver: limits.max_deliver as i64,
+        filter_subject: own_subject(owner),
+        inactive_threshold: OWN_UNUSED_MAX,
+        num_replicas: limits.replicas,
+        ..Default::default()
+    };
+    stream.get_or_create_consumer(&name, wanted).await.map(drop).map_err(failed(what))
 }

@@ -19,6 +19,7 @@ use forebay_streams::{
     dead_letters::{DeadLetters, Spent},
     environment::{Condition, Process},
     log::{AppendError, EventLog, Live, LogRef, Recorded, Refusal, persist},
+    own_queues::{OwnQueues, Owner},
     registry::{Models, Registry, Workers},
     tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
 };
@@ -32,7 +33,7 @@ use tokio::{
 /// How long a process waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// One process's way to the backend. It has all four faces of a backend.
+/// One process's way to the backend. It has all faces of a backend.
 #[derive(Clone)]
 pub(super) struct Link {
     pub(super) world: Arc<World>,
@@ -58,7 +59,13 @@ impl Link {
 
     pub(super) fn streams(&self) -> Streams {
         let link = Arc::new(self.clone());
-        Streams { log: link.clone(), tasks: link.clone(), dead_letters: link.clone(), registry: link }
+        Streams {
+            log: link.clone(),
+            tasks: link.clone(),
+            own_queues: link.clone(),
+            dead_letters: link.clone(),
+            registry: link,
+        }
     }
 
     fn passable(&self) -> bool {
@@ -230,6 +237,42 @@ impl Link {
         }
     }
 
+    /// A task is in a queue.
+    fn queued(&self, role: Role, payload: &[u8]) {
+        if let (Role::Decode, Ok(task)) = (role, DecodeTask::decode(payload)) {
+            let log = LogRef { gateway: task.gateway, request: task.request };
+            self.world.record().queued.insert(log);
+        }
+    }
+
+    /// What a pull brings.
+    async fn pulled(
+        &self,
+        queue: &'static str,
+        wait: Duration,
+        pull: impl Future<Output = Result<Option<Delivery>, StreamError>> + Send + 'static,
+    ) -> Result<Option<Delivery>, StreamError> {
+        let fate = self.draw();
+        let (wanted, given_up) = oneshot::channel::<()>();
+        let link = self.clone();
+        let pull = async move {
+            let pulled = tokio::select! {
+                biased;
+                // Whoever stops listening takes away its interest, and gets nothing more.
+                _ = given_up => return Ok(None),
+                pulled = pull => pulled,
+            };
+            if let Ok(Some(delivery)) = &pulled {
+                link.world
+                    .trace(|| format!("{}: gets {queue} task, delivery {}", link.name, delivery.delivery));
+            }
+            pulled
+        };
+        let pulled = self.send("pull", wait + PATIENCE, fate, pull).await;
+        drop(wanted);
+        pulled?
+    }
+
     /// The world must know whose process a worker is.
     fn introduce(&self, worker: &WorkerId) {
         self.world.introduce(worker, self);
@@ -335,10 +378,7 @@ impl Tasks for Link {
         let publish = async move {
             link.world.trace(|| format!("{}: queues {id}", link.name));
             link.world.streams.tasks.publish(role, &model, &id, payload.clone()).await?;
-            if let (Role::Decode, Ok(task)) = (role, DecodeTask::decode(&payload)) {
-                let log = LogRef { gateway: task.gateway, request: task.request };
-                link.world.record().queued.insert(log);
-            }
+            link.queued(role, &payload);
             Ok(())
         };
         self.carry("publish", publish).await?
@@ -350,26 +390,8 @@ impl Tasks for Link {
         model: &ModelKey,
         wait: Duration,
     ) -> Result<Option<Delivery>, StreamError> {
-        let fate = self.draw();
-        let (wanted, given_up) = oneshot::channel::<()>();
-        let (link, model) = (self.clone(), model.clone());
-        let pull = async move {
-            let pulled = tokio::select! {
-                biased;
-                // Whoever stops listening takes away its interest, and gets nothing more.
-                _ = given_up => return Ok(None),
-                pulled = link.world.streams.tasks.pull(role, &model, wait) => pulled,
-            };
-            if let Ok(Some(delivery)) = &pulled {
-                link.world.trace(|| {
-                    format!("{}: gets {} task, delivery {}", link.name, role.as_str(), delivery.delivery)
-                });
-            }
-            pulled
-        };
-        let pulled = self.send("pull", wait + PATIENCE, fate, pull).await;
-        drop(wanted);
-        pulled?
+        let (backend, model) = (self.world.streams.tasks.clone(), model.clone());
+        self.pulled(role.as_str(), wait, async move { backend.pull(role, &model, wait).await }).await
     }
 
     async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
@@ -436,6 +458,46 @@ impl Tasks for Link {
             std::future::ready(!lost)
         };
         Ok(signals.await??.filter(heard).boxed())
+    }
+}
+
+#[async_trait]
+impl OwnQueues for Link {
+    async fn open(&self, owner: &Owner) -> Result<(), StreamError> {
+        let (backend, owner) = (self.world.streams.own_queues.clone(), owner.clone());
+        self.carry("open", async move { backend.open(&owner).await }).await?
+    }
+
+    async fn publish_to(&self, owner: &Owner, dedup_id: &str, payload: Bytes) -> Result<(), EnqueueError> {
+        let (link, owner, id) = (self.clone(), owner.clone(), dedup_id.to_owned());
+        let publish = async move {
+            link.world.trace(|| format!("{}: queues {id} for {}", link.name, owner.worker));
+            link.world.count("routed to a worker");
+            link.world.streams.own_queues.publish_to(&owner, &id, payload.clone()).await?;
+            link.queued(Role::Decode, &payload);
+            Ok(())
+        };
+        self.carry("publish", publish).await?
+    }
+
+    async fn pull_own(&self, owner: &Owner, wait: Duration) -> Result<Option<Delivery>, StreamError> {
+        let (backend, owner) = (self.world.streams.own_queues.clone(), owner.clone());
+        self.pulled("own", wait, async move { backend.pull_own(&owner, wait).await }).await
+    }
+
+    async fn close(&self, owner: &Owner) -> Result<u64, StreamError> {
+        let (link, owner) = (self.clone(), owner.clone());
+        let close = async move {
+            let moved = link.world.streams.own_queues.close(&owner).await;
+            link.world.trace(|| format!("{}: closes the queue of {}: {moved:?}", link.name, owner.worker));
+            moved
+        };
+        self.carry("close", close).await?
+    }
+
+    async fn filled(&self) -> Result<Vec<Owner>, StreamError> {
+        let backend = self.world.streams.own_queues.clone();
+        self.carry("filled", async move { backend.filled().await }).await?
     }
 }
 
