@@ -5,6 +5,7 @@
 //! ([`follow::Follow`]) and queues a task ([`tasks::Tasks`]); workers pull the task, claim by appending with
 //! the fence, and append what happens; [`registry::Registry`] says which models and workers there are.
 
+pub mod cache_events;
 pub mod cancel;
 pub mod dead_letters;
 pub mod environment;
@@ -29,6 +30,8 @@ pub struct Streams {
     pub tasks: Arc<dyn tasks::Tasks>,
     /// Queues of single decode workers.
     pub own_queues: Arc<dyn own_queues::OwnQueues>,
+    /// What workers say of their prefix caches.
+    pub cache_events: Arc<dyn cache_events::CacheEvents>,
     /// Tasks that nobody could do.
     pub dead_letters: Arc<dyn dead_letters::DeadLetters>,
     /// Models and workers.

@@ -1,5 +1,6 @@
 //! All of it in one process's memory: for simulation, and for tests that need no server.
 
+mod cache_events;
 mod own_queues;
 
 use crate::{
@@ -72,6 +73,7 @@ pub fn streams_with(limits: Limits) -> Streams {
         log: memory.clone(),
         tasks: memory.clone(),
         own_queues: memory.clone(),
+        cache_events: memory.clone(),
         dead_letters: memory.clone(),
         registry: memory,
     }
@@ -82,6 +84,7 @@ struct Memory {
     state: Mutex<State>,
     live: broadcast::Sender<Live>,
     signals: broadcast::Sender<(WorkerId, CancelSignal)>,
+    cache_signs: broadcast::Sender<()>,
     /// Workers that hear signals, and how many of their streams do.
     listening: Arc<Mutex<BTreeMap<WorkerId, usize>>>,
     /// Something was queued or became due again.
@@ -139,6 +142,7 @@ struct State {
     deliveries: u64,
     blobs: BTreeMap<String, Bytes>,
     letters: Vec<DeadLetter>,
+    cache: cache_events::CacheLog,
     /// Tasks that were delivered as often as they may be, and when somebody may find them (again).
     spent: BTreeMap<u64, (Spent, Instant)>,
 }
@@ -185,6 +189,7 @@ impl Memory {
             state: Mutex::default(),
             live: broadcast::channel(LIVE_MAX).0,
             signals: broadcast::channel(LIVE_MAX).0,
+            cache_signs: broadcast::channel(LIVE_MAX).0,
             listening: Arc::default(),
             work: Notify::new(),
             models: Published::default(),

@@ -1,5 +1,6 @@
 //! The backend that is deployed: NATS with JetStream.
 
+mod cache_events;
 mod connect;
 mod dead_letters;
 mod log;
@@ -37,6 +38,7 @@ impl JetStream {
             log: shared.clone(),
             tasks: shared.clone(),
             own_queues: shared.clone(),
+            cache_events: shared.clone(),
             dead_letters: shared.clone(),
             registry: shared,
         }
@@ -117,6 +119,17 @@ enum PublishError {
     TooLarge,
     /// No answer: it may be stored.
     Unknown(String),
+}
+
+impl PublishError {
+    /// In words, where all that counts is that it was not stored, or perhaps not.
+    fn cause(self) -> String {
+        match self {
+            PublishError::Refused { code, description } => format!("{description} ({code})"),
+            PublishError::NotStored(cause) | PublishError::Unknown(cause) => cause,
+            PublishError::TooLarge => "larger than the server takes".to_owned(),
+        }
+    }
 }
 
 /// The last sequence of the subject is another than expected (and two codes of clustered servers for the same).

@@ -17,6 +17,20 @@ use std::time::Duration;
 
 pub(crate) const LOG: &str = "FB_LOG";
 pub(crate) const DLQ: &str = "FB_DLQ";
+pub(crate) const KV: &str = "FB_KV";
+
+/// Where a sign of each event in [`KV`] goes.
+pub(crate) const KV_SIGNS: &str = "fb.kvsign";
+
+/// How long events of prefix caches are kept. Workers tell all that they have several times within it.
+const KV_AGE: Duration = Duration::from_secs(900);
+
+/// Events of one worker that are kept; workers begin anew long before.
+const KV_EVENTS: i64 = 16_384;
+
+/// What all of them may take; the oldest go first, and whoever misses them waits for the worker's next snapshot.
+const KV_BYTES: i64 = 256 << 20;
+
 pub(crate) const MODELS: &str = "fb_models";
 pub(crate) const WORKERS: &str = "fb_workers";
 pub(crate) const BLOBS: &str = "fb_blobs";
@@ -118,6 +132,7 @@ pub(crate) async fn ensure(context: &Context, limits: &Limits) -> Result<(), Str
     for role in [Role::Decode, Role::Prefill] {
         ensure_stream(context, work_queue(role, limits)).await?;
     }
+    ensure_stream(context, cache_events(limits)).await?;
     ensure_stream(context, dead_letters(limits)).await?;
     ensure_spent(context, limits).await?;
     let bucket = |bucket: &str, max_age| kv::Config {
@@ -180,6 +195,30 @@ fn work_queue(role: Role, limits: &Limits) -> Config {
         max_age: limits.log_age,
         discard: DiscardPolicy::New,
         duplicate_window: Duration::from_secs(120),
+        ..Default::default()
+    }
+}
+
+fn cache_events(limits: &Limits) -> Config {
+    Config {
+        name: KV.to_owned(),
+        description: Some("what workers have in their prefix caches, one subject a worker".to_owned()),
+        subjects: vec!["fb.kv.*.*".to_owned()],
+        retention: RetentionPolicy::Limits,
+        // On file, so that a server that restarts does not make every router forget what every worker has.
+        storage: StorageType::File,
+        num_replicas: limits.replicas,
+        max_age: KV_AGE,
+        max_messages_per_subject: KV_EVENTS,
+        max_bytes: KV_BYTES,
+        allow_direct: true,
+        // A snapshot takes the place of all that was told before.
+        allow_rollup: true,
+        republish: Some(Republish {
+            source: "fb.kv.>".to_owned(),
+            destination: format!("{KV_SIGNS}.>"),
+            headers_only: true,
+        }),
         ..Default::default()
     }
 }

@@ -8,6 +8,7 @@ use super::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use forebay_schemas::{
+    cache_event::CacheEvent,
     card::{BlobRef, ModelCard, WorkerLease},
     dead_letter::DeadLetter,
     event::Event,
@@ -16,6 +17,7 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     StreamError, Streams,
+    cache_events::{CacheEvents, TellError, Told},
     dead_letters::{DeadLetters, Spent},
     environment::{Condition, Process},
     log::{AppendError, EventLog, Live, LogRef, Recorded, Refusal, persist},
@@ -63,6 +65,7 @@ impl Link {
             log: link.clone(),
             tasks: link.clone(),
             own_queues: link.clone(),
+            cache_events: link.clone(),
             dead_letters: link.clone(),
             registry: link,
         }
@@ -498,6 +501,49 @@ impl OwnQueues for Link {
     async fn filled(&self) -> Result<Vec<Owner>, StreamError> {
         let backend = self.world.streams.own_queues.clone();
         self.carry("filled", async move { backend.filled().await }).await?
+    }
+}
+
+#[async_trait]
+impl CacheEvents for Link {
+    async fn tell(&self, of: &Owner, event: &CacheEvent, after: u64) -> Result<u64, TellError> {
+        let (backend, of, event) = (self.world.streams.cache_events.clone(), of.clone(), event.clone());
+        self.carry("tell", async move { backend.tell(&of, &event, after).await }).await?
+    }
+
+    async fn told(&self, of: Option<&Owner>, after: u64) -> Result<Vec<Told>, StreamError> {
+        let (link, of) = (self.clone(), of.cloned());
+        let told = async move {
+            let mut events = link.world.streams.cache_events.told(of.as_ref(), after).await?;
+            // A replica that lags lacks the last ones.
+            if !link.world.is_calm() && chance(link.world.weather.stale_read) && !events.is_empty() {
+                link.world.count("stale read");
+                events.truncate(below(events.len() as u64) as usize);
+            }
+            Ok(events)
+        };
+        self.carry("told", told).await?
+    }
+
+    async fn last_told(&self) -> Result<u64, StreamError> {
+        let backend = self.world.streams.cache_events.clone();
+        self.carry("last_told", async move { backend.last_told().await }).await?
+    }
+
+    async fn signs(&self) -> Result<BoxStream<'static, ()>, StreamError> {
+        let backend = self.world.streams.cache_events.clone();
+        let signs = self.carry("signs", async move { backend.signs().await }).await??;
+        let link = self.clone();
+        let heard = move |_: &()| {
+            let lost = !link.passable() || !link.world.is_calm() && chance(link.world.weather.live_lost);
+            std::future::ready(!lost)
+        };
+        Ok(signs.filter(heard).boxed())
+    }
+
+    async fn forget(&self, of: &Owner) -> Result<(), StreamError> {
+        let (backend, of) = (self.world.streams.cache_events.clone(), of.clone());
+        self.carry("forget", async move { backend.forget(&of).await }).await?
     }
 }
 
