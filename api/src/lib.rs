@@ -109,7 +109,7 @@ impl Gateway {
         let watching = watch.clone();
         let observe = move |live: &Live| watching.observe(&live.recorded.event);
         let hub = Hub::start(streams.log.clone(), config.gateway.clone(), observe).await?;
-        let models = Arc::new(Models::follow(streams.registry.clone()).await?);
+        let models = Arc::new(Models::follow(streams.catalog.clone()).await?);
         let mut background = JoinSet::new();
         let (watching, gateway) = (Arc::downgrade(&watch), config.gateway.clone());
         background.spawn(in_process(watch::watch_over(watching, streams.clone(), gateway)));

@@ -1,4 +1,4 @@
-//! The models that can be asked for: cards as the registry has them now, and beside each card what it takes to
+//! The models that can be asked for: cards as the catalog has them now, and beside each card what it takes to
 //! turn a conversation into a prompt.
 
 mod list;
@@ -8,7 +8,7 @@ use crate::error::{ApiError, ErrorCode};
 use forebay_schemas::card::ModelCard;
 use forebay_streams::{
     StreamError,
-    registry::{Models as Cards, Registry},
+    catalog::{Catalog, Models as Cards},
 };
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ const LISTED_MAX: usize = 20;
 
 /// All models.
 pub(crate) struct Models {
-    registry: Arc<dyn Registry>,
+    catalog: Arc<dyn Catalog>,
     cards: watch::Receiver<Cards>,
     loaded: Mutex<BTreeMap<String, Entry>>,
 }
@@ -38,17 +38,17 @@ struct Entry {
 }
 
 impl Models {
-    /// All models of a registry, kept up to date.
-    pub(crate) async fn follow(registry: Arc<dyn Registry>) -> Result<Models, StreamError> {
-        let cards = registry.models().await?;
-        Ok(Models { registry, cards, loaded: Mutex::default() })
+    /// All models of a catalog, kept up to date.
+    pub(crate) async fn follow(catalog: Arc<dyn Catalog>) -> Result<Models, StreamError> {
+        let cards = catalog.models().await?;
+        Ok(Models { catalog, cards, loaded: Mutex::default() })
     }
 
     /// A model by the name that clients use, loaded.
     pub(crate) async fn get(&self, name: &str) -> Result<Arc<Model>, ApiError> {
         let card = self.card(name)?;
         let entry = self.entry(&card);
-        let load = async || match loaded::load(self.registry.as_ref(), entry.card.clone()).await {
+        let load = async || match loaded::load(self.catalog.as_ref(), entry.card.clone()).await {
             Ok(model) => Ok(Ok(Arc::new(model))),
             Err(error) if error.code() == ErrorCode::ModelUnreadable => Ok(Err(error)),
             Err(passing) => Err(passing),
@@ -67,7 +67,7 @@ impl Models {
         self.cards.borrow().clone()
     }
 
-    /// Whether the registry still brings news.
+    /// Whether the catalog still brings news.
     pub(crate) fn alive(&self) -> bool {
         self.cards.has_changed().is_ok()
     }
@@ -89,7 +89,7 @@ impl Models {
     }
 }
 
-/// Loads models as they come, so that no client waits for that. Ends when the registry's news do.
+/// Loads models as they come, so that no client waits for that. Ends when the catalog's news do.
 pub(crate) async fn preload(models: Arc<Models>) {
     let mut cards = models.cards.clone();
     cards.mark_changed();

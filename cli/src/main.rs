@@ -9,6 +9,7 @@ mod dlq;
 mod doctor;
 mod export;
 mod gateway;
+mod kv;
 mod log;
 mod model;
 mod replay;

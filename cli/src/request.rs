@@ -120,7 +120,7 @@ pub(crate) fn engines(events: &[(u64, Event)]) -> Vec<(LayoutHash, Option<String
     engines
 }
 
-/// What the log says, and else what the registry says now.
+/// What the log says, and else what the catalog says now.
 async fn model_facts(streams: &Streams, events: &[(u64, Event)]) -> anyhow::Result<ModelFacts> {
     let mut facts = ModelFacts::default();
     if let Some((_, Event { body: Body::RequestAccepted(accepted), .. })) = events.first() {
@@ -129,7 +129,7 @@ async fn model_facts(streams: &Streams, events: &[(u64, Event)]) -> anyhow::Resu
     if let Some((hash, weights)) = engines(events).pop() {
         (facts.layout_hash, facts.weights) = (Some(hash), weights);
     }
-    let card = streams.registry.models().await?.borrow().get(&facts.name).cloned();
+    let card = streams.catalog.models().await?.borrow().get(&facts.name).cloned();
     if let Some(card) = card
         && facts.weights.is_none()
         && facts.layout_hash.is_none_or(|hash| hash == card.layout_hash)

@@ -2,6 +2,7 @@
 
 use crate::{
     config::{NatsArgs, data_folder, end_with_parent, init_logging, runtime, told_to_stop},
+    kv::KvArgs,
     model::ModelArgs,
 };
 use anyhow::Context;
@@ -17,12 +18,27 @@ use tokio_util::sync::CancellationToken;
 /// How workers work, whatever their role.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct WorkArgs {
-    /// Prompts of at most this many tokens are prefilled by the decode worker itself.
-    #[arg(long, env = "FOREBAY_MAX_LOCAL_PREFILL_LENGTH", default_value_t = 0, value_name = "TOKENS")]
+    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself. `forebay config` changes
+    /// it for all workers while they run.
+    #[arg(long, env = "FOREBAY_MAX_LOCAL_PREFILL_LENGTH", default_value_t = 128, value_name = "TOKENS")]
     max_local_prefill_length: u32,
-    /// Tokens of a prompt that are run at once; between chunks, other sequences decode.
+    /// While this many tasks wait for a prefill worker, decode workers prefill themselves. `forebay config` changes it
+    /// for all workers while they run.
+    #[arg(long, env = "FOREBAY_MAX_PREFILL_QUEUE_SIZE", default_value_t = 64, value_name = "TASKS")]
+    max_prefill_queue_size: u32,
+    /// Tokens of prompts that are run at once while nothing decodes.
     #[arg(long, env = "FOREBAY_CHUNK", default_value_t = 256, value_name = "TOKENS")]
     chunk: u32,
+    /// Tokens of a step while something decodes: one for each running answer, the rest for prompts. Less keeps the
+    /// pace of answers, more lets prompts through.
+    #[arg(long, env = "FOREBAY_STEP_TOKENS", default_value_t = 32, value_name = "TOKENS")]
+    step_tokens: u32,
+    /// GiB of memory for the KV of prefixes that were seen before; 0 turns the prefix cache off.
+    #[arg(long, env = "FOREBAY_CACHE_GIB", default_value_t = 2.0, value_name = "GIB")]
+    cache_gib: f64,
+    /// Read KV only once the whole prompt is run: to measure what reading it earlier saves.
+    #[arg(long, env = "FOREBAY_BENCH_NO_OVERLAP", hide = true)]
+    bench_no_overlap: bool,
     /// Seconds that a prefill worker keeps KV for the decode worker.
     #[arg(long, env = "FOREBAY_KV_LEASE_S", default_value_t = 60, value_name = "SECONDS")]
     kv_lease_s: u64,
@@ -48,6 +64,8 @@ pub(crate) struct WorkerArgs {
     slots: Option<u32>,
     #[command(flatten)]
     work: WorkArgs,
+    #[command(flatten)]
+    kv: KvArgs,
     /// Seconds that running requests get to finish after Ctrl-C or SIGTERM.
     #[arg(long, env = "FOREBAY_GRACE_S", default_value_t = 30, value_name = "SECONDS")]
     grace_s: u64,
@@ -77,12 +95,17 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let config = WorkerConfig {
         role,
         max_local_prefill_length: args.work.max_local_prefill_length,
+        max_prefill_queue_size: args.work.max_prefill_queue_size,
         chunk_tokens: args.work.chunk,
+        step_tokens: args.work.step_tokens,
+        cache_bytes: (args.work.cache_gib.max(0.0) * f64::from(1 << 30)) as u64,
+        overlap: !args.work.bench_no_overlap,
         kv_lease: Duration::from_secs(args.work.kv_lease_s),
         attempts_max: args.work.max_attempts.max(1),
         prefill_patience: Duration::from_secs(args.work.prefill_patience_s),
         grace: Duration::from_secs(args.grace_s),
         socket_folder: args.sockets.unwrap_or_else(socket_folder),
+        kv: args.kv.options(&args.nats.nats)?,
     };
     let runtime = runtime(2)?;
     runtime.block_on(async move {

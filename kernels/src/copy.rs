@@ -24,6 +24,11 @@ impl Checksum {
         self.0.update(bytes);
     }
 
+    /// Adds what another sum has seen, as if its bytes had come after these.
+    pub fn append(&mut self, other: &Checksum) {
+        self.0.combine(&other.0);
+    }
+
     /// The sum of all bytes so far.
     pub fn value(&self) -> u64 {
         self.0.finalize()
@@ -73,6 +78,11 @@ mod tests {
         sum.update(b"1234");
         sum.update(b"56789");
         assert_eq!(sum.value(), 0xae8b_1486_0a79_9888);
+        let (mut first, mut second) = (Checksum::default(), Checksum::default());
+        first.update(b"1234");
+        second.update(b"56789");
+        first.append(&second);
+        assert_eq!(first.value(), sum.value());
     }
 
     #[test]

@@ -201,6 +201,9 @@ pub struct KvTransferred {
     pub tokens: u32,
     /// Time that the read took, checks included, in microseconds.
     pub read_us: u64,
+    /// How much later than the prefill it was over, in microseconds: the rest was read while the prefill went on.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub after_us: u64,
     /// Transport, such as `shm`.
     pub transport: String,
 }
@@ -318,6 +321,12 @@ pub struct RequestCancelled {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_zero(count: &u32) -> bool {
     *count == 0
+}
+
+/// As above.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_none(time_us: &u64) -> bool {
+    *time_us == 0
 }
 
 impl Body {

@@ -7,6 +7,7 @@
 pub mod cache;
 pub mod cache_event;
 pub mod card;
+pub mod config;
 pub mod dead_letter;
 pub mod event;
 pub mod export;

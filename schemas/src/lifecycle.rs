@@ -5,7 +5,8 @@
 
 use crate::{
     event::{
-        Body, Event, FinishReason, KvReady, ReleaseCause, Released, RequestAccepted, RequestFailed, Usage,
+        Body, Event, FinishReason, KvReady, PrefillQueued, ReleaseCause, Released, RequestAccepted,
+        RequestFailed, Usage,
     },
     ids::{RequestId, WorkerId},
     kv::KvHandle,
@@ -76,8 +77,8 @@ pub struct Lifecycle {
     /// Sealed KV that the current attempt can read, contiguous from position 0: of its prefill, or left by the
     /// attempt before.
     pub kv: Vec<KvHandle>,
-    /// Position from which a remote prefill's KV is wanted: what is before lies in the decode worker's slot already.
-    pub kv_from: u32,
+    /// What the current attempt asked of a prefill worker, if it did.
+    pub asked: Option<Arc<PrefillQueued>>,
     /// Tokens of the prompt whose KV was found in a prefix cache when the first token was computed.
     pub cached_tokens: u32,
     /// The KV was left by the attempt before, and nobody has said yet what became of it.
@@ -179,7 +180,7 @@ impl Lifecycle {
             tokens: Vec::new(),
             text: String::new(),
             kv: Vec::new(),
-            kv_from: 0,
+            asked: None,
             cached_tokens: 0,
             handed_over: false,
             finish: None,
@@ -200,7 +201,7 @@ impl Lifecycle {
                 self.prefill_ack_subject = None;
                 self.prefills = 0;
                 self.fruitless += 1;
-                self.kv_from = 0;
+                self.asked = None;
                 self.handed_over &= self.phase == Phase::Queued;
                 if !self.handed_over {
                     self.kv.clear();
@@ -208,7 +209,7 @@ impl Lifecycle {
                 self.phase = Phase::Claimed;
             }
             Body::PrefillQueued(queued) => {
-                self.kv_from = queued.cached_tokens;
+                self.asked = Some(Arc::new(queued.clone()));
                 self.phase = Phase::PrefillQueued;
             }
             Body::PrefillClaimed(claimed) => {
@@ -322,7 +323,7 @@ impl Lifecycle {
         }
         let joins = match &event.body {
             Body::KvReady(ready) => {
-                Some((ready.handle.tokens.start, self.kv.last().map_or(self.kv_from, |kv| kv.tokens.end())))
+                Some((ready.handle.tokens.start, self.kv.last().map_or(self.kv_from(), |kv| kv.tokens.end())))
             }
             Body::Released(Released { kv: Some(handle), .. }) => Some((handle.tokens.start, 0)),
             Body::PrefillCompleted(prefill) => Some((prefill.first_index, self.tokens.len() as u32)),
@@ -335,6 +336,11 @@ impl Lifecycle {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Position from which a remote prefill's KV is wanted: what is before lies in the decode worker's slot already.
+    pub fn kv_from(&self) -> u32 {
+        self.asked.as_ref().map_or(0, |asked| asked.cached_tokens)
     }
 
     /// Whether there is KV of the attempt before that nobody has decided about.

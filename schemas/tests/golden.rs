@@ -66,7 +66,7 @@ every_body! {
     },
     KvReady { handle: handle() },
     PrefillCompleted { worker: worker("prefill-1"), first_index: 0, token: 9707, text: "Hello".into(), compute_us: 20_512, cached_tokens: 0 },
-    KvTransferred { bytes: 117_440_512, tokens: 512, read_us: 12_800, transport: "shm".into() },
+    KvTransferred { bytes: 117_440_512, tokens: 512, read_us: 12_800, after_us: 0, transport: "shm".into() },
     KvLost { reason: "the lease is over".into() },
     TokensGenerated { first_index: 1, tokens: vec![11, 1879, 0], text: ", world!".into(), cached_tokens: 0 },
     Released {

@@ -138,7 +138,7 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             Body::PrefillClaimed(PrefillClaimed { worker: worker(9), ack_subject: "ack".into(), delivery: 1 })
         }
         Kind::KvReady => {
-            let start = off(state.kv.last().map_or(state.kv_from, |kv| kv.tokens.end()), details.index_off);
+            let start = off(state.kv.last().map_or(state.kv_from(), |kv| kv.tokens.end()), details.index_off);
             let tokens = TokenRange { start, count: details.tokens.len() as u32 };
             let agent = state.prefiller.clone().unwrap_or_else(|| worker(0));
             Body::KvReady(KvReady { handle: handle(agent, tokens) })
@@ -151,9 +151,13 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             compute_us: 1,
             cached_tokens: 0,
         }),
-        Kind::KvTransferred => {
-            Body::KvTransferred(KvTransferred { bytes: 1, tokens: 3, read_us: 1, transport: "shm".into() })
-        }
+        Kind::KvTransferred => Body::KvTransferred(KvTransferred {
+            bytes: 1,
+            tokens: 3,
+            read_us: 1,
+            after_us: 0,
+            transport: "shm".into(),
+        }),
         Kind::KvLost => Body::KvLost(KvLost { reason: "gone".into() }),
         Kind::TokensGenerated => Body::TokensGenerated(TokensGenerated {
             first_index,

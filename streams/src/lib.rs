@@ -3,12 +3,15 @@
 //!
 //! A request's way through here: a gateway creates its log ([`writer::LogWriter`]), follows it
 //! ([`follow::Follow`]) and queues a task ([`tasks::Tasks`]); workers pull the task, claim by appending with
-//! the fence, and append what happens; [`registry::Registry`] says which models and workers there are.
+//! the fence, and append what happens; [`catalog::Catalog`] says which models there
+//! are, [`registry::Registry`] which workers, and [`settings::SettingsStore`] how they should behave now.
 
 pub mod cache_events;
 pub mod cancel;
+pub mod catalog;
 pub mod dead_letters;
 pub mod environment;
+pub mod etcd;
 pub mod follow;
 pub mod jetstream;
 pub mod log;
@@ -16,12 +19,13 @@ pub mod memory;
 pub mod own_queues;
 pub mod registry;
 pub mod server;
+pub mod settings;
 pub mod tasks;
 pub mod writer;
 
 use std::sync::Arc;
 
-/// The faces of one backend.
+/// The faces of a backend.
 #[derive(Clone)]
 pub struct Streams {
     /// Logs of requests.
@@ -34,8 +38,12 @@ pub struct Streams {
     pub cache_events: Arc<dyn cache_events::CacheEvents>,
     /// Tasks that nobody could do.
     pub dead_letters: Arc<dyn dead_letters::DeadLetters>,
-    /// Models and workers.
+    /// Models.
+    pub catalog: Arc<dyn catalog::Catalog>,
+    /// Workers.
     pub registry: Arc<dyn registry::Registry>,
+    /// Live configuration.
+    pub settings: Arc<dyn settings::SettingsStore>,
 }
 
 /// Why an operation on the backend failed. Retrying may help: the backend is unreachable, or answered with

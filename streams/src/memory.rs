@@ -2,32 +2,34 @@
 
 mod cache_events;
 mod own_queues;
+mod registry;
 
 use crate::{
     StreamError, Streams,
+    catalog::Models,
     dead_letters::{DeadLetters, Receipt, Spent},
     log::{AppendError, EventLog, Live, LogRef, Recorded},
     own_queues::Owner,
-    registry::{Models, Registry, Workers, blob_name},
+    settings::Values,
     tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
 use forebay_schemas::{
-    card::{BlobRef, ModelCard, WorkerLease},
     dead_letter::DeadLetter,
     event::Event,
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
     task::Role,
 };
 use futures::{StreamExt, stream::BoxStream};
+use registry::{Leases, Published};
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 use tokio::{
-    sync::{Notify, broadcast, watch},
+    sync::{Notify, broadcast},
     time::Instant,
 };
 
@@ -75,7 +77,9 @@ pub fn streams_with(limits: Limits) -> Streams {
         own_queues: memory.clone(),
         cache_events: memory.clone(),
         dead_letters: memory.clone(),
-        registry: memory,
+        catalog: memory.clone(),
+        registry: memory.clone(),
+        settings: memory,
     }
 }
 
@@ -91,43 +95,7 @@ struct Memory {
     work: Notify,
     models: Published<Models>,
     leases: Arc<Leases>,
-}
-
-/// A value that others keep up with, each over a channel of its own: a shared one wakes them in random order.
-#[derive(Default)]
-struct Published<T>(Mutex<(T, Vec<watch::Sender<T>>)>);
-
-impl<T: Clone> Published<T> {
-    fn subscribe(&self) -> watch::Receiver<T> {
-        let (value, subscribers) = &mut *self.0.lock().expect("no panics while held");
-        let (sender, receiver) = watch::channel(value.clone());
-        subscribers.push(sender);
-        receiver
-    }
-
-    fn publish(&self, change: impl FnOnce(&mut T)) {
-        let (value, subscribers) = &mut *self.0.lock().expect("no panics while held");
-        change(value);
-        subscribers.retain(|subscriber| subscriber.send(value.clone()).is_ok());
-    }
-}
-
-#[derive(Default)]
-struct Leases {
-    until: Mutex<BTreeMap<WorkerId, (WorkerLease, Instant)>>,
-    living: Published<Workers>,
-}
-
-impl Leases {
-    fn change(&self, change: impl FnOnce(&mut BTreeMap<WorkerId, (WorkerLease, Instant)>)) {
-        let mut leases = self.until.lock().expect("no panics while held");
-        change(&mut leases);
-        let now = Instant::now();
-        leases.retain(|_, (_, until)| *until > now);
-        let living =
-            leases.iter().map(|(worker, (lease, _))| (worker.clone(), Arc::new(lease.clone()))).collect();
-        self.living.publish(|workers| *workers = Arc::new(living));
-    }
+    settings: Published<Values>,
 }
 
 #[derive(Default)]
@@ -194,6 +162,7 @@ impl Memory {
             work: Notify::new(),
             models: Published::default(),
             leases: Arc::default(),
+            settings: Published::default(),
         }
     }
 
@@ -523,54 +492,5 @@ impl Tasks for Memory {
     async fn presence(&self, worker: &WorkerId, _wait: Duration) -> Result<Presence, StreamError> {
         let listening = self.listening.lock().expect("no panics while held");
         Ok(if listening.contains_key(worker) { Presence::Answers } else { Presence::Gone })
-    }
-}
-
-#[async_trait]
-impl Registry for Memory {
-    async fn publish_model(&self, card: &ModelCard) -> Result<(), StreamError> {
-        self.models.publish(|models| {
-            Arc::make_mut(models).insert(card.name.clone(), Arc::new(card.clone()));
-        });
-        Ok(())
-    }
-
-    async fn models(&self) -> Result<watch::Receiver<Models>, StreamError> {
-        Ok(self.models.subscribe())
-    }
-
-    async fn renew(&self, lease: &WorkerLease) -> Result<(), StreamError> {
-        let until = Instant::now() + self.limits.lease_time;
-        self.leases.change(|leases| drop(leases.insert(lease.worker.clone(), (lease.clone(), until))));
-        let leases = self.leases.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep_until(until).await;
-            leases.change(|_| {});
-        });
-        Ok(())
-    }
-
-    async fn resign(&self, worker: &WorkerId) -> Result<(), StreamError> {
-        self.leases.change(|leases| drop(leases.remove(worker)));
-        Ok(())
-    }
-
-    fn lease_time(&self) -> Duration {
-        self.limits.lease_time
-    }
-
-    async fn workers(&self) -> Result<watch::Receiver<Workers>, StreamError> {
-        Ok(self.leases.living.subscribe())
-    }
-
-    async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, StreamError> {
-        let blob = BlobRef { name: blob_name(&bytes), bytes: bytes.len() as u64 };
-        self.state().blobs.insert(blob.name.clone(), bytes);
-        Ok(blob)
-    }
-
-    async fn get_blob(&self, blob: &BlobRef) -> Result<Bytes, StreamError> {
-        let stored = self.state().blobs.get(&blob.name).cloned();
-        stored.ok_or_else(|| StreamError::new(format!("reading blob {}", blob.name), "no such blob"))
     }
 }

@@ -1,30 +1,17 @@
-//! Which models are served and which workers live.
+//! Which workers live: each holds a lease, renews it, and says its load with it.
 
 use crate::StreamError;
 use async_trait::async_trait;
-use bytes::Bytes;
-use forebay_schemas::{
-    card::{BlobRef, ModelCard, WorkerLease},
-    ids::WorkerId,
-};
+use forebay_schemas::{card::WorkerLease, ids::WorkerId};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::sync::watch;
-
-/// All model cards, by the name that clients use.
-pub type Models = Arc<BTreeMap<String, Arc<ModelCard>>>;
 
 /// All living workers.
 pub type Workers = Arc<BTreeMap<WorkerId, Arc<WorkerLease>>>;
 
-/// Models and workers.
+/// Leases of workers.
 #[async_trait]
 pub trait Registry: Send + Sync + 'static {
-    /// Publishes a model's card. It stays until it is replaced or removed.
-    async fn publish_model(&self, card: &ModelCard) -> Result<(), StreamError>;
-
-    /// All models, kept up to date for as long as the receiver lives.
-    async fn models(&self) -> Result<watch::Receiver<Models>, StreamError>;
-
     /// Renews a worker's lease; it lapses after [`Registry::lease_time`].
     async fn renew(&self, lease: &WorkerLease) -> Result<(), StreamError>;
 
@@ -34,18 +21,7 @@ pub trait Registry: Send + Sync + 'static {
     /// How long a lease lasts after its last renewal.
     fn lease_time(&self) -> Duration;
 
-    /// All living workers, kept up to date for as long as the receiver lives.
+    /// All living workers, kept up to date for as long as the receiver lives. While the backend is away, those that
+    /// lived last stand: who can't be heard is not dead.
     async fn workers(&self) -> Result<watch::Receiver<Workers>, StreamError>;
-
-    /// Stores bytes under a digest of their content.
-    async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, StreamError>;
-
-    /// Reads bytes back; checked against the digest.
-    async fn get_blob(&self, blob: &BlobRef) -> Result<Bytes, StreamError>;
-}
-
-/// The name of a blob: SHA-256 of its bytes, in hexadecimal.
-pub(crate) fn blob_name(bytes: &[u8]) -> String {
-    use sha2::Digest;
-    sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -385,7 +385,7 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         vocab_size: 100,
         context_tokens: 64,
         eos_token_ids: vec![2],
-        tokenizer: streams.registry.put_blob("tokenizer".into()).await.unwrap(),
+        tokenizer: streams.catalog.put_blob("tokenizer".into()).await.unwrap(),
         chat_template: None,
         special_tokens: vec![],
         defaults: SamplingDefaults { temperature: 1.0, top_p: 1.0, top_k: 0 },
@@ -408,9 +408,9 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         kv_leases: 0,
         own_queue: false,
     };
-    streams.registry.publish_model(&card).await.unwrap();
+    streams.catalog.publish_model(&card).await.unwrap();
     streams.registry.renew(&lease).await.unwrap();
-    let mut models = streams.registry.models().await.unwrap();
+    let mut models = streams.catalog.models().await.unwrap();
     let mut workers = streams.registry.workers().await.unwrap();
     assert_eq!(*models.wait_for(|all| !all.is_empty()).await.unwrap()["test/model"], card);
     assert_eq!(*workers.wait_for(|all| !all.is_empty()).await.unwrap()[&worker("w-1")], lease);
@@ -426,12 +426,12 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
 
 async fn blobs_read_back(streams: Streams) {
     let bytes: Vec<u8> = (0..1_000_000_u32).map(|i| (i % 251) as u8).collect();
-    let blob = streams.registry.put_blob(bytes.clone().into()).await.unwrap();
-    assert_eq!(streams.registry.put_blob(bytes.clone().into()).await.unwrap(), blob);
-    assert_eq!(streams.registry.get_blob(&blob).await.unwrap(), bytes);
+    let blob = streams.catalog.put_blob(bytes.clone().into()).await.unwrap();
+    assert_eq!(streams.catalog.put_blob(bytes.clone().into()).await.unwrap(), blob);
+    assert_eq!(streams.catalog.get_blob(&blob).await.unwrap(), bytes);
     let mut other = blob;
     other.name = "0".repeat(64);
-    assert!(streams.registry.get_blob(&other).await.is_err());
+    assert!(streams.catalog.get_blob(&other).await.is_err());
 }
 
 async fn signals_reach_their_worker(streams: Streams) {

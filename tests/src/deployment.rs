@@ -143,6 +143,8 @@ impl Deployment {
             ("FOREBAY_SOCKETS", path("s")),
             ("FOREBAY_ACK_WAIT_S", ACK_WAIT.as_secs().to_string()),
             ("FOREBAY_LEASE_S", LEASE.as_secs().to_string()),
+            // Where there is a prefill worker, it is to be used.
+            ("FOREBAY_MAX_LOCAL_PREFILL_LENGTH", "0".to_owned()),
             ("FOREBAY_KV_LEASE_S", KV_LEASE.as_secs().to_string()),
             ("FOREBAY_MODEL_NAME", MODEL.to_owned()),
             ("FOREBAY_LISTEN", "127.0.0.1:0".to_owned()),

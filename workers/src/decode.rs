@@ -6,17 +6,19 @@
 
 mod attempt;
 mod handover;
+mod placement;
+mod prefill_workers;
+mod remote;
 
 use crate::{
     engine::EngineError,
-    kv::{ReadError, Slot, Transport},
+    kv::Slot,
     runner::EngineStopped,
     worker::{NO_LOG_PAUSE, NO_LOG_TRIES, Worker},
 };
 use attempt::{Attempt, Outcome};
 use forebay_schemas::{
     event::{Body, FailureCode, ReleaseCause, Released, RequestCancelled, RequestFailed},
-    kv::KvHandle,
     lifecycle::Lifecycle,
     task::{DecodeTask, Role, Task},
 };
@@ -28,12 +30,10 @@ use forebay_streams::{
     writer::{LogWriter, WriteError},
 };
 pub(crate) use handover::SharedPlaces;
+pub(crate) use prefill_workers::{PrefillQueue, watch_queue};
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-
-/// How often a slot is looked at that a read still holds.
-const SLOT_POLL: Duration = Duration::from_millis(1);
 
 /// Pause before a request that failed here is tried again, here or elsewhere.
 const FAILED_PAUSE: Duration = Duration::from_millis(200);
@@ -157,11 +157,9 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef, sl
         }
         Err(error) => failed(worker, log, &error).await,
     };
+    worker.unused(&slot).await;
+    // Only then: a scratch write at the beginning would spoil what is being kept.
     worker.runner.park(slot.index(), 0).await;
-    while Arc::strong_count(&slot) > 1 {
-        // A read that was under way when the request was cancelled: the slot is free once it is done.
-        tokio::time::sleep(SLOT_POLL).await;
-    }
     verdict
 }
 
@@ -320,17 +318,11 @@ fn release(worker: &Arc<Worker>, state: &Lifecycle) {
     let Some(first) = state.kv.first().cloned() else { return };
     let worker = worker.clone();
     let give_back = move || {
-        if let Ok(transport) = transport(&worker, &first)
+        if let Ok(transport) = worker.transport(&first)
             && transport.claim(&first).is_ok()
         {
             transport.release(&first);
         }
     };
     environment::spawn(off_thread(give_back));
-}
-
-/// The way to the worker that holds a handle's bytes. Blocks, for a moment, the first time.
-fn transport(worker: &Worker, handle: &KvHandle) -> Result<Arc<dyn Transport>, ReadError> {
-    let lease = worker.workers.borrow().get(&handle.agent).cloned();
-    worker.peers.transport(handle, lease.as_deref())
 }

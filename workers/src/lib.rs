@@ -11,6 +11,7 @@ pub mod kv;
 pub mod model;
 pub mod output;
 pub mod prefill;
+mod prefix;
 pub mod replay;
 pub mod runner;
 pub mod scheduler;

@@ -75,7 +75,7 @@ impl ModelText {
         streams: &Streams,
     ) -> Result<ModelCard, StreamError> {
         let now_s = environment::now_us() / 1_000_000;
-        let earlier = streams.registry.models().await?.borrow().get(name).cloned();
+        let earlier = streams.catalog.models().await?.borrow().get(name).cloned();
         Ok(ModelCard {
             name: name.to_owned(),
             key: ModelKey::of(name),
@@ -83,7 +83,7 @@ impl ModelText {
             vocab_size: engine.vocab,
             context_tokens: engine.context_limit,
             eos_token_ids: engine.eos.clone(),
-            tokenizer: streams.registry.put_blob(self.tokenizer_json.clone()).await?,
+            tokenizer: streams.catalog.put_blob(self.tokenizer_json.clone()).await?,
             chat_template: self.chat_template.clone(),
             special_tokens: self.special_tokens.clone(),
             defaults: self.defaults,

@@ -1,10 +1,11 @@
 //! The prefill worker: runs prompts for decode workers, and keeps the KV sealed until they have read it.
 //!
-//! pull → claim → run chunk by chunk, sealing each → append the first token → acknowledge → wait for the reader.
+//! pull → claim → take what is known of the prefix → run the rest chunk by chunk, sealing each → append the first token →
+//! acknowledge → wait for the reader.
 
 use crate::{
     engine::EngineError,
-    kv::{Sealed, Slot, sums},
+    kv::{Sealed, Slot, read_kv},
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
@@ -12,8 +13,8 @@ use crate::{
 };
 use forebay_schemas::{
     event::{Body, KvLost, KvReady, PrefillClaimed, PrefillCompleted},
-    kv::{KvHandle, TokenRange},
-    lifecycle::{Illegal, Phase},
+    kv::TokenRange,
+    lifecycle::{Illegal, Lifecycle, Phase},
     task::{PrefillTask, Role, Task},
 };
 use forebay_streams::{
@@ -100,6 +101,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, computin
                 worker.answer(&delivery, Verdict::Later(FAILED_PAUSE)).await;
             }
         }
+        worker.unused(&slot).await;
     }
 }
 
@@ -116,6 +118,16 @@ async fn prefill(
     if writer.state().attempt != task.attempt || !waiting {
         return Ok(None);
     }
+    if let Some(wanted) = writer.state().asked.as_ref().and_then(|asked| asked.layout_hash)
+        && wanted != worker.model.layout_hash
+    {
+        // Its KV would be of no use there. Said at once: the decode worker goes on by itself.
+        let found = worker.model.layout_hash;
+        let reason = format!("worker {} has KV of layout {found}, and {wanted} is asked for", worker.id);
+        tracing::warn!(log = %writer.log(), reason, "refused");
+        writer.append(Body::KvLost(KvLost { reason })).await?;
+        return Ok(None);
+    }
     if writer.state().prefills >= CLAIMS_MAX {
         let reason = format!("{} prefill workers began and did not finish", writer.state().prefills);
         tracing::warn!(log = %writer.log(), reason, "left to the decode worker");
@@ -130,33 +142,27 @@ async fn prefill(
     };
     writer.append(Body::PrefillClaimed(claimed)).await?;
 
+    let begun = Instant::now();
+    let filled = prefix(worker, slot, writer.state()).await;
     let state = writer.state();
     let mut output = OutputText::resume(worker.tokenizer.clone(), worker.eos.clone(), state);
     let first_index = state.tokens.len() as u32;
+    let tokens = state.sequence();
     let sequence = Sequence {
         slot: slot.index(),
-        tokens: state.sequence(),
-        filled: 0,
+        tokens: tokens.clone(),
+        filled,
         sampling: Arc::new(state.accepted.sampling.clone()),
         next_index: first_index,
         remaining: 1,
         eos: Arc::default(),
     };
-    let begun = Instant::now();
+    let mut sealed = Sealing { worker, slot, lease: None, to: state.kv_from() };
+    sealed.seal(&mut writer, filled).await?;
     let mut outputs = worker.runner.add(sequence).await?;
-    let mut sealed: Option<Sealed> = None;
-    let mut sealed_to = 0;
     loop {
         match outputs.recv().await.ok_or(EngineStopped)? {
-            Output::Filled(filled) => {
-                let lease =
-                    sealed.get_or_insert_with(|| worker.leases.seal(slot.index(), worker.config.kv_lease));
-                lease.renew(worker.config.kv_lease);
-                let tokens = TokenRange { start: sealed_to, count: filled - sealed_to };
-                let handle = seal(worker, slot, lease, tokens).await;
-                writer.append(Body::KvReady(KvReady { handle })).await?;
-                sealed_to = filled;
-            }
+            Output::Filled(filled) => sealed.seal(&mut writer, filled).await?,
             Output::Token(token) => {
                 output.push(token);
                 let completed = PrefillCompleted {
@@ -165,13 +171,65 @@ async fn prefill(
                     token,
                     text: output.release(),
                     compute_us: begun.elapsed().as_micros() as u64,
-                    cached_tokens: 0,
+                    cached_tokens: filled,
                 };
                 writer.append(Body::PrefillCompleted(completed)).await?;
-                return Ok(sealed);
+                worker.store_prefix_soon(slot, writer.state(), &tokens);
+                return Ok(sealed.lease);
             }
             Output::Failed(error) => return Err(error.into()),
         }
+    }
+}
+
+/// Fills the beginning of a slot with what is known of a sequence here, or at the decode worker that asks, and returns
+/// how many positions that are.
+async fn prefix(worker: &Arc<Worker>, slot: &Arc<Slot>, state: &Lifecycle) -> u32 {
+    let known = worker.load_prefix(slot, state).await;
+    let Some(handle) = state.asked.as_ref().and_then(|asked| asked.kv.clone()) else { return known };
+    let (end, tokens) = (handle.tokens.end(), state.sequence().len() as u32);
+    if end <= known || end >= tokens {
+        return known;
+    }
+    worker.runner.park(slot.index(), tokens).await;
+    let (reader, into) = (worker.clone(), slot.clone());
+    let read = off_thread(move || {
+        let transport = reader.transport(&handle)?;
+        read_kv(&*transport, &[handle], reader.runner.kv(), &reader.runner.card().layout, into.index())
+    });
+    match read.await {
+        Ok(_) => end,
+        Err(error) => {
+            tracing::info!(request = %state.request, %error, "what the decode worker has is computed again");
+            // What was read may have gone over what was known.
+            worker.load_prefix(slot, state).await
+        }
+    }
+}
+
+/// What is sealed of a slot that is being filled.
+struct Sealing<'a> {
+    worker: &'a Arc<Worker>,
+    slot: &'a Arc<Slot>,
+    lease: Option<Sealed>,
+    /// Up to where it is sealed, or need not be.
+    to: u32,
+}
+
+impl Sealing<'_> {
+    /// Seals what the engine has filled and no longer touches, and says so.
+    async fn seal(&mut self, writer: &mut LogWriter, filled: u32) -> Result<(), WriteError> {
+        if filled <= self.to {
+            return Ok(());
+        }
+        let (worker, kv_lease) = (self.worker, self.worker.config.kv_lease);
+        let lease = self.lease.get_or_insert_with(|| worker.leases.seal(self.slot.index(), kv_lease));
+        lease.renew(kv_lease);
+        let tokens = TokenRange { start: self.to, count: filled - self.to };
+        let handle = worker.seal(self.slot, lease, tokens).await;
+        writer.append(Body::KvReady(KvReady { handle })).await?;
+        self.to = filled;
+        Ok(())
     }
 }
 
@@ -188,12 +246,4 @@ async fn give_up(worker: &Worker, task: &PrefillTask, error: &EngineError) {
     if let Err(error) = told.await {
         tracing::debug!(request = %task.request, %error, "the decode worker was not told");
     }
-}
-
-/// Describes positions that the engine has filled and no longer touches.
-async fn seal(worker: &Arc<Worker>, slot: &Arc<Slot>, lease: &Sealed, tokens: TokenRange) -> KvHandle {
-    let layout = worker.runner.card().layout;
-    let (runner, held) = (worker.runner.clone(), slot.clone());
-    let checksums = off_thread(move || sums(runner.kv(), &layout, held.index(), tokens)).await;
-    worker.handle(slot, lease, tokens, checksums)
 }

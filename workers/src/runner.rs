@@ -6,7 +6,7 @@
 
 use crate::{
     engine::{Draw, Engine, EngineCard, EngineError, Row, Sampled},
-    scheduler::{Scheduler, Sequence, Step},
+    scheduler::{Budget, Chunk, Scheduler, Sequence, Step},
 };
 use forebay_kernels::Region;
 use forebay_streams::environment;
@@ -45,6 +45,7 @@ enum Command {
     Remove(u32, oneshot::Sender<Option<Sequence>>),
     Park(u32, u32, oneshot::Sender<()>),
     Answer(oneshot::Sender<()>),
+    Budget(Budget),
 }
 
 /// A handle on the engine's thread, which ends when the last handle is dropped.
@@ -63,11 +64,11 @@ pub struct EngineStopped;
 
 impl Runner {
     /// Starts the thread.
-    pub fn start(engine: Box<dyn Engine>, chunk_tokens: u32) -> Runner {
+    pub fn start(engine: Box<dyn Engine>, budget: Budget) -> Runner {
         let card = Arc::new(engine.card().clone());
         let kv = engine.kv().clone();
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
-        let scheduler = Scheduler::new(card.layout.slots, chunk_tokens);
+        let scheduler = Scheduler::new(card.layout.slots, budget);
         let active_tokens = Arc::<AtomicU32>::default();
         let engine = EngineLoop {
             engine,
@@ -112,6 +113,11 @@ impl Runner {
         if self.commands.send(Command::Answer(done)).await.is_ok() {
             let _ = wait.await;
         }
+    }
+
+    /// Another budget, from the next step on.
+    pub async fn set_budget(&self, budget: Budget) {
+        let _ = self.commands.send(Command::Budget(budget)).await;
     }
 
     /// Runs a sequence. Its outputs end when it has drawn its last token or was removed.
@@ -162,8 +168,8 @@ impl EngineLoop {
         loop {
             match self.turn() {
                 Turn::Step(step) => {
-                    self.run_chunk(&step);
-                    self.run_rows(&step);
+                    step.chunks.iter().for_each(|chunk| self.run_chunk(chunk));
+                    self.run_rows(&step.rows);
                 }
                 Turn::Behind => std::thread::sleep(READER_POLL),
                 Turn::Idle => match self.inbox.blocking_recv() {
@@ -179,11 +185,12 @@ impl EngineLoop {
         loop {
             match self.turn() {
                 Turn::Step(step) => {
-                    let tokens = step.chunk.as_ref().map_or(0, |chunk| chunk.count);
-                    tokio::time::sleep(self.engine.simulated_step(tokens, 0)).await;
-                    self.run_chunk(&step);
+                    for chunk in &step.chunks {
+                        tokio::time::sleep(self.engine.simulated_step(chunk.count, 0)).await;
+                        self.run_chunk(chunk);
+                    }
                     tokio::time::sleep(self.engine.simulated_step(0, step.rows.len() as u32)).await;
-                    self.run_rows(&step);
+                    self.run_rows(&step.rows);
                 }
                 Turn::Behind => tokio::time::sleep(READER_POLL).await,
                 Turn::Idle => match self.inbox.recv().await {
@@ -223,6 +230,7 @@ impl EngineLoop {
                 let _ = done.send(sequence);
             }
             Command::Answer(done) => drop(done.send(())),
+            Command::Budget(budget) => self.scheduler.set_budget(budget),
             // Commands are obeyed between steps: whoever waits knows that the next step goes by it.
             Command::Park(slot, positions, done) => {
                 self.scheduler.park(slot, positions);
@@ -243,8 +251,7 @@ impl EngineLoop {
         unread.into_iter().for_each(|slot| drop(self.leave(slot)));
     }
 
-    fn run_chunk(&mut self, step: &Step) {
-        let Some(chunk) = &step.chunk else { return };
+    fn run_chunk(&mut self, chunk: &Chunk) {
         let Some(sequence) = self.scheduler.sequence(chunk.slot) else { return };
         let tokens = &sequence.tokens[chunk.start as usize..(chunk.start + chunk.count) as usize];
         let draw = chunk.last.then_some(Draw { sampling: &sequence.sampling, index: sequence.next_index });
@@ -260,7 +267,7 @@ impl EngineLoop {
         }
     }
 
-    fn run_rows(&mut self, step: &Step) {
+    fn run_rows(&mut self, slots: &[u32]) {
         let row = |slot: &u32| {
             let sequence = self.scheduler.sequence(*slot)?;
             Some(Row {
@@ -270,7 +277,7 @@ impl EngineLoop {
                 draw: Draw { sampling: &sequence.sampling, index: sequence.next_index },
             })
         };
-        let rows: Vec<Row<'_>> = step.rows.iter().filter_map(row).collect();
+        let rows: Vec<Row<'_>> = slots.iter().filter_map(row).collect();
         if rows.is_empty() {
             return;
         }

@@ -1,7 +1,8 @@
 //! Which tokens run next: pure decisions over the sequences of one engine.
 //!
-//! Continuous batching: between any two steps sequences join and leave. A step is at most one chunk of one
-//! prompt (the one that has waited longest), then one token of every sequence that decodes.
+//! Continuous batching: between any two steps sequences join and leave. A step is chunks of prompts, those that have
+//! waited longest first, then one token of every sequence that decodes. While some decode, a step has a budget of tokens,
+//! so that prompts don't take their pace; the fewer they are, the more of it is the prompts'.
 
 use forebay_schemas::sampling::Sampling;
 use std::{
@@ -53,11 +54,20 @@ pub struct Chunk {
     pub last: bool,
 }
 
+/// How many tokens are run at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Of prompts, while nothing decodes.
+    pub chunk_tokens: u32,
+    /// Of prompts and of sequences that decode together, while some do.
+    pub step_tokens: u32,
+}
+
 /// One step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {
-    /// Run this chunk first, if any.
-    pub chunk: Option<Chunk>,
+    /// Run these chunks first, of one prompt each.
+    pub chunks: Vec<Chunk>,
     /// Then decode one token for each of these slots, in order.
     pub rows: Vec<u32>,
 }
@@ -65,7 +75,7 @@ pub struct Step {
 /// All sequences of one engine.
 #[derive(Debug)]
 pub struct Scheduler {
-    chunk_tokens: u32,
+    budget: Budget,
     sequences: BTreeMap<u32, Sequence>,
     /// Slots whose prompts are not done, oldest first.
     prompts: VecDeque<u32>,
@@ -74,14 +84,19 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler for that many slots, which cuts prompts into chunks of at most `chunk_tokens`.
-    pub fn new(slots: u32, chunk_tokens: u32) -> Scheduler {
+    /// A scheduler for that many slots.
+    pub fn new(slots: u32, budget: Budget) -> Scheduler {
         Scheduler {
-            chunk_tokens: chunk_tokens.max(1),
+            budget,
             sequences: BTreeMap::new(),
             prompts: VecDeque::new(),
             parked: vec![0; slots as usize],
         }
+    }
+
+    /// Another budget, from the next step on.
+    pub fn set_budget(&mut self, budget: Budget) {
+        self.budget = budget;
     }
 
     /// Whether there is nothing to run.
@@ -128,14 +143,25 @@ impl Scheduler {
     /// What to run next. Sequences whose reader is behind (`can_take` false) are left out, so that a stuck
     /// reader holds up nobody else.
     pub fn plan(&self, can_take: impl Fn(u32) -> bool) -> Step {
-        let chunk = self.prompts.iter().copied().find(|slot| can_take(*slot)).map(|slot| {
-            let sequence = &self.sequences[&slot];
-            let count = sequence.behind().min(self.chunk_tokens);
-            Chunk { slot, start: sequence.filled, count, last: count == sequence.behind() }
-        });
         let decoding = self.sequences.values().filter(|sequence| !sequence.is_prefilling());
-        let rows = decoding.map(|sequence| sequence.slot).filter(|slot| can_take(*slot)).collect();
-        Step { chunk, rows }
+        let rows: Vec<u32> = decoding.map(|sequence| sequence.slot).filter(|slot| can_take(*slot)).collect();
+        let Budget { chunk_tokens, step_tokens } = self.budget;
+        // However many decode, a prompt gets on.
+        let mut left = match rows.len() as u32 {
+            0 => chunk_tokens.max(1),
+            rows => step_tokens.saturating_sub(rows).clamp(1, chunk_tokens.max(1)),
+        };
+        let mut chunks = Vec::new();
+        for slot in self.prompts.iter().copied().filter(|slot| can_take(*slot)) {
+            let sequence = &self.sequences[&slot];
+            let count = sequence.behind().min(left);
+            chunks.push(Chunk { slot, start: sequence.filled, count, last: count == sequence.behind() });
+            left -= count;
+            if left == 0 {
+                break;
+            }
+        }
+        Step { chunks, rows }
     }
 
     /// Notes that a chunk was run.
@@ -187,39 +213,67 @@ mod tests {
         }
     }
 
+    fn scheduler(slots: u32) -> Scheduler {
+        Scheduler::new(slots, Budget { chunk_tokens: 8, step_tokens: 6 })
+    }
+
+    fn chunk(slot: u32, start: u32, count: u32, last: bool) -> Chunk {
+        Chunk { slot, start, count, last }
+    }
+
     #[test]
     fn prompts_run_in_chunks_between_decode_steps() {
-        let mut scheduler = Scheduler::new(4, 8);
+        let mut scheduler = scheduler(4);
         scheduler.add(sequence(2, 5, 4, 3));
         scheduler.add(sequence(0, 20, 0, 3));
         let step = scheduler.plan(|_| true);
-        assert_eq!(
-            step,
-            Step { chunk: Some(Chunk { slot: 0, start: 0, count: 8, last: false }), rows: vec![2] }
-        );
-        scheduler.filled(step.chunk.as_ref().unwrap());
+        // One token of the budget is the other sequence's.
+        assert_eq!(step, Step { chunks: vec![chunk(0, 0, 5, false)], rows: vec![2] });
+        scheduler.filled(&step.chunks[0]);
         scheduler.stepped(2);
         assert!(scheduler.drawn(2, 7));
-        assert_eq!(scheduler.parked(), [8, 0, 5, 0]);
-        for (start, count, last) in [(8, 8, false), (16, 4, true)] {
-            let chunk = scheduler.plan(|_| true).chunk.unwrap();
-            assert_eq!(chunk, Chunk { slot: 0, start, count, last });
-            scheduler.filled(&chunk);
+        assert_eq!(scheduler.parked(), [5, 0, 5, 0]);
+        scheduler.remove(2);
+        for (start, count, last) in [(5, 8, false), (13, 7, true)] {
+            let step = scheduler.plan(|_| true);
+            assert_eq!(step, Step { chunks: vec![chunk(0, start, count, last)], rows: vec![] });
+            scheduler.filled(&step.chunks[0]);
         }
         assert!(scheduler.drawn(0, 1));
-        assert_eq!(scheduler.plan(|_| true), Step { chunk: None, rows: vec![0, 2] });
+        assert_eq!(scheduler.plan(|_| true), Step { chunks: vec![], rows: vec![0] });
+    }
+
+    #[test]
+    fn short_prompts_share_a_step() {
+        let mut scheduler = scheduler(4);
+        scheduler.add(sequence(3, 3, 0, 1));
+        scheduler.add(sequence(0, 2, 0, 1));
+        scheduler.add(sequence(1, 9, 0, 1));
+        let step = scheduler.plan(|_| true);
+        assert_eq!(step.chunks, [chunk(3, 0, 3, true), chunk(0, 0, 2, true), chunk(1, 0, 3, false)]);
+    }
+
+    #[test]
+    fn many_that_decode_do_not_starve_a_prompt() {
+        let mut scheduler = Scheduler::new(9, Budget { chunk_tokens: 8, step_tokens: 6 });
+        (0..8).for_each(|slot| scheduler.add(sequence(slot, 3, 2, 9)));
+        scheduler.add(sequence(8, 30, 0, 1));
+        let step = scheduler.plan(|_| true);
+        assert_eq!((step.chunks, step.rows.len()), (vec![chunk(8, 0, 1, false)], 8));
+        scheduler.set_budget(Budget { chunk_tokens: 8, step_tokens: 100 });
+        assert_eq!(scheduler.plan(|_| true).chunks, [chunk(8, 0, 8, false)]);
     }
 
     #[test]
     fn a_whole_prompt_of_one_token_is_a_chunk() {
-        let mut scheduler = Scheduler::new(1, 8);
+        let mut scheduler = scheduler(1);
         scheduler.add(sequence(0, 1, 0, 1));
-        assert_eq!(scheduler.plan(|_| true).chunk, Some(Chunk { slot: 0, start: 0, count: 1, last: true }));
+        assert_eq!(scheduler.plan(|_| true).chunks, [chunk(0, 0, 1, true)]);
     }
 
     #[test]
     fn sequences_end_by_count_and_by_token() {
-        let mut scheduler = Scheduler::new(2, 8);
+        let mut scheduler = scheduler(2);
         scheduler.add(sequence(0, 3, 2, 1));
         scheduler.add(sequence(1, 3, 2, 9));
         assert!(!scheduler.drawn(0, 5));
@@ -230,12 +284,12 @@ mod tests {
 
     #[test]
     fn a_stuck_reader_holds_up_nobody_else() {
-        let mut scheduler = Scheduler::new(3, 8);
+        let mut scheduler = scheduler(3);
         scheduler.add(sequence(0, 3, 2, 9));
         scheduler.add(sequence(1, 30, 0, 9));
         scheduler.add(sequence(2, 30, 0, 9));
         let step = scheduler.plan(|slot| slot == 2);
         assert!(step.rows.is_empty());
-        assert_eq!(step.chunk.unwrap().slot, 2);
+        assert_eq!(step.chunks, [chunk(2, 0, 8, false)]);
     }
 }

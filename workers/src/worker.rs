@@ -3,9 +3,13 @@
 use crate::{
     decode,
     engine::{Engine, EngineCard},
-    kv::{KvPeers, Leases, Sealed, Slot, SlotPool, shm},
+    kv::{
+        BlockCache, KvOptions, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, shm, sums,
+        tcp::{TcpListen, TcpOwner},
+    },
     prefill,
     runner::{EngineStopped, Runner},
+    scheduler::Budget,
 };
 use forebay_schemas::{
     card::{ModelCard, WorkerLease},
@@ -17,15 +21,17 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     StreamError, Streams,
-    environment::{self, in_process},
+    environment::{self, in_process, off_thread},
     log::LogRef,
     own_queues::Owner,
     registry::Workers,
+    settings::{self, Live},
     tasks::{Delivery, Verdict},
 };
 use futures::StreamExt;
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     path::PathBuf,
     pin::pin,
     sync::{
@@ -71,6 +77,11 @@ const RESIGN_MAX: Duration = Duration::from_millis(500);
 /// How often it is looked whether the number of free slots is still what the lease says; also the shortest time between
 /// two renewals for that.
 const SLOTS_LOOK: Duration = Duration::from_millis(25);
+/// How often the token budget is looked up.
+const BUDGET_POLL: Duration = Duration::from_millis(200);
+
+/// How often a slot is looked at that a copy still holds.
+const SLOT_POLL: Duration = Duration::from_millis(1);
 
 /// Kept of the grace for what must still be said when it is over.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -80,10 +91,20 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct WorkerConfig {
     /// What it does.
     pub role: Role,
-    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself.
+    /// Prompts of at most this many uncached tokens are prefilled by the decode worker itself, where live
+    /// configuration does not say otherwise.
     pub max_local_prefill_length: u32,
-    /// Tokens of one prefill step.
+    /// While this many tasks wait for a prefill worker, decode workers prefill themselves; the same.
+    pub max_prefill_queue_size: u32,
+    /// Tokens of a prompt that are run at once while nothing decodes.
     pub chunk_tokens: u32,
+    /// Tokens of a step while something decodes: one for each running sequence, the rest for prompts.
+    pub step_tokens: u32,
+    /// Bytes that the prefix cache may take.
+    pub cache_bytes: u64,
+    /// Read KV while the prefill goes on. Without it, a read begins after the prefill's end: only to measure what
+    /// that costs.
+    pub overlap: bool,
     /// How long sealed KV waits for its reader.
     pub kv_lease: Duration,
     /// Attempts in a row without a token after which a request is given up.
@@ -94,6 +115,8 @@ pub struct WorkerConfig {
     pub grace: Duration,
     /// Folder for the Unix socket of the `shm` transport.
     pub socket_folder: PathBuf,
+    /// How KV moves between this worker and others.
+    pub kv: KvOptions,
 }
 
 /// Why a worker ended.
@@ -110,6 +133,14 @@ pub enum WorkerError {
     Socket {
         /// Which folder.
         folder: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+    /// Other hosts can't be served.
+    #[error("listening for reads of KV on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
         /// What happened.
         source: std::io::Error,
     },
@@ -133,8 +164,13 @@ pub(crate) struct Worker {
     pub(crate) runner: Runner,
     pub(crate) slots: SlotPool,
     pub(crate) leases: Leases,
+    pub(crate) cache: BlockCache,
     pub(crate) peers: KvPeers,
     pub(crate) workers: watch::Receiver<Workers>,
+    /// What is set for all workers, now.
+    pub(crate) live: Live,
+    /// How many tasks wait for prefill workers. Only kept by decode workers.
+    pub(crate) prefill_queue: decode::PrefillQueue,
     /// The worker was told to stop.
     pub(crate) stop: CancellationToken,
     /// What still runs is to be left as it is.
@@ -182,13 +218,20 @@ pub async fn run(
     let id: WorkerId = environment::name(config.role.as_str());
     let incarnation = environment::now_us();
     let EngineCard { layout, layout_hash, .. } = *engine.card();
-    let runner = Runner::start(engine, config.chunk_tokens);
+    let budget = Budget { chunk_tokens: config.chunk_tokens, step_tokens: config.step_tokens };
+    let runner = Runner::start(engine, budget);
     let leases = Leases::create(layout.slots)?;
+    let cache = BlockCache::new(layout.geometry, config.cache_bytes)?;
     let kv = (runner.kv().clone(), layout, layout_hash);
-    let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv, leases.clone())
+    let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv.clone(), leases.clone())
         .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
+    let serve = |listen: &TcpListen| {
+        TcpOwner::listen(listen, &id, incarnation, kv, leases.clone())
+            .map_err(|source| WorkerError::Listen { address: listen.address, source })
+    };
+    let tcp_owner = config.kv.listen.as_ref().map(serve).transpose()?;
     streams.tasks.ensure(&model.key).await?;
-    streams.registry.publish_model(&model).await?;
+    streams.catalog.publish_model(&model).await?;
     let worker = Arc::new(Worker {
         id,
         incarnation,
@@ -196,11 +239,14 @@ pub async fn run(
         model,
         tokenizer,
         workers: streams.registry.workers().await?,
+        live: settings::follow(&*streams.settings).await?,
+        prefill_queue: decode::PrefillQueue::default(),
         streams,
         runner,
         slots: SlotPool::new(layout.slots),
         leases,
-        peers: KvPeers::new(layout_hash),
+        cache,
+        peers: KvPeers::new(layout_hash, &config.kv),
         stop: stop.clone(),
         grace_over: CancellationToken::new(),
         has_own_queue: AtomicBool::new(false),
@@ -211,8 +257,13 @@ pub async fn run(
     });
     tracing::info!(worker = %worker.id, model = worker.model.name, slots = layout.slots, "ready");
     let mut background = JoinSet::new();
-    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string())));
+    let kv_tcp = tcp_owner.as_ref().map(|owner| owner.advertised().to_owned());
+    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string(), kv_tcp)));
     background.spawn(in_process(worker.clone().hear_cancels()));
+    background.spawn(in_process(worker.clone().keep_budget()));
+    if worker.config.role == Role::Decode {
+        background.spawn(in_process(decode::watch_queue(worker.clone())));
+    }
     let outcome = tokio::select! {
         biased;
         () = worker.clone().serve(stop) => Ok(()),
@@ -294,6 +345,21 @@ impl Worker {
     /// Names this worker's own queue.
     pub(crate) fn owner(&self) -> Owner {
         Owner { model: self.model.key.clone(), worker: self.id.clone() }
+    }
+
+    /// Gives the engine the token budget that is set for all workers, or this one's own.
+    async fn keep_budget(self: Arc<Self>) {
+        let own = Budget { chunk_tokens: self.config.chunk_tokens, step_tokens: self.config.step_tokens };
+        let mut given = own;
+        loop {
+            let step_tokens = self.live.borrow().step_tokens.unwrap_or(own.step_tokens);
+            let budget = Budget { step_tokens, ..own };
+            if budget != given {
+                self.runner.set_budget(budget).await;
+                given = budget;
+            }
+            tokio::time::sleep(BUDGET_POLL).await;
+        }
     }
 
     /// Resolves when a step takes too long. Everything else of the worker would go on, so that nobody would notice.
@@ -399,6 +465,14 @@ impl Worker {
         }
     }
 
+    /// Waits until nobody but the caller uses a slot: its KV may still be being kept, or read, although the request is
+    /// over.
+    pub(crate) async fn unused(&self, slot: &Arc<Slot>) {
+        while Arc::strong_count(slot) > 1 {
+            tokio::time::sleep(SLOT_POLL).await;
+        }
+    }
+
     /// Notes that a request runs here, so that a cancel finds it.
     pub(crate) fn enter(&self, request: RequestId) -> CancelFlag {
         let flag = CancelFlag::default();
@@ -457,14 +531,27 @@ impl Worker {
         }
     }
 
-    /// What an event says of sealed KV in one of this worker's slots.
-    pub(crate) fn handle(
-        &self,
-        slot: &Slot,
+    /// The way to the worker that holds a handle's bytes. Blocks, for a moment, the first time.
+    pub(crate) fn transport(&self, handle: &KvHandle) -> Result<Arc<dyn Transport>, ReadError> {
+        let lease = self.workers.borrow().get(&handle.agent).cloned();
+        self.peers.transport(handle, lease.as_deref())
+    }
+
+    /// Seals a range of a slot's positions, which nobody writes any more, under a lease.
+    pub(crate) async fn seal(
+        self: &Arc<Self>,
+        slot: &Arc<Slot>,
         lease: &Sealed,
         tokens: TokenRange,
-        checksums: Vec<u64>,
     ) -> KvHandle {
+        let layout = self.runner.card().layout;
+        let (worker, held) = (self.clone(), slot.clone());
+        let checksums = off_thread(move || sums(worker.runner.kv(), &layout, held.index(), tokens)).await;
+        self.handle(slot, lease, tokens, checksums)
+    }
+
+    /// What an event says of sealed KV in one of this worker's slots.
+    fn handle(&self, slot: &Slot, lease: &Sealed, tokens: TokenRange, checksums: Vec<u64>) -> KvHandle {
         KvHandle {
             agent: self.id.clone(),
             incarnation: self.incarnation,
@@ -481,7 +568,7 @@ impl Worker {
 
     /// Renews the worker's lease several times within its time, at once when the worker is told to stop, and soon when it
     /// has another number of free slots: gateways route by that.
-    async fn hold_lease(self: Arc<Self>, kv_socket: String) {
+    async fn hold_lease(self: Arc<Self>, kv_socket: String, kv_tcp: Option<String>) {
         let host = shm::host_id();
         let pause = self.streams.registry.lease_time() / 4;
         loop {
@@ -495,7 +582,7 @@ impl Worker {
                 free_slots: self.slots.free(),
                 host: host.clone(),
                 kv_socket: kv_socket.clone(),
-                kv_tcp: None,
+                kv_tcp: kv_tcp.clone(),
                 active_tokens: self.runner.active_tokens(),
                 draining: self.stop.is_cancelled(),
                 kv_leases: self.leases.held(),

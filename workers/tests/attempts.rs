@@ -12,6 +12,7 @@ use forebay_workers::{
         Draw, Engine, EngineCard, EngineError, Row, Sampled,
         sim::{SimEngine, SimOptions, SimPace},
     },
+    kv::KvOptions,
     model::ModelText,
     worker::{self, WorkerConfig},
 };
@@ -88,12 +89,17 @@ async fn run_worker(streams: Streams, log: LogRef, stop: CancellationToken, engi
     let config = WorkerConfig {
         role: Role::Decode,
         max_local_prefill_length: 0,
+        max_prefill_queue_size: 64,
         chunk_tokens: 8,
+        step_tokens: 8,
+        cache_bytes: 1 << 20,
+        overlap: true,
         kv_lease: Duration::from_secs(5),
         attempts_max: 5,
         prefill_patience: Duration::from_secs(5),
         grace: Duration::from_secs(5),
         socket_folder: sockets.path().to_owned(),
+        kv: KvOptions::default(),
     };
     worker::run(config, engine, card, text.tokenizer, streams, stop).await.unwrap();
 }

@@ -4,14 +4,14 @@ use forebay_schemas::sampling::Sampling;
 use forebay_workers::{
     engine::sim::{SimEngine, SimOptions, SimPace},
     runner::{Output, Runner},
-    scheduler::Sequence,
+    scheduler::{Budget, Sequence},
 };
 use std::sync::Arc;
 
 fn runner(slots: u32) -> Runner {
     let pace = SimPace { decode_us: 20_000.0, ..SimPace::default() };
     let options = SimOptions { slots, positions: 64, vocab: 100, drawn: 10..90, pace };
-    Runner::start(Box::new(SimEngine::new(options).unwrap()), 8)
+    Runner::start(Box::new(SimEngine::new(options).unwrap()), Budget { chunk_tokens: 8, step_tokens: 8 })
 }
 
 fn sequence(slot: u32, remaining: u32) -> Sequence {

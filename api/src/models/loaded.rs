@@ -10,7 +10,7 @@ use forebay_schemas::{
     card::ModelCard,
     openai::{ChatRequest, Content, Message},
 };
-use forebay_streams::{environment::off_thread, registry::Registry};
+use forebay_streams::{catalog::Catalog, environment::off_thread};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
 use tokio::sync::Semaphore;
@@ -33,8 +33,8 @@ pub(crate) struct Model {
 }
 
 /// Reads what a card refers to. `ModelUnreadable` is for good; other errors may pass.
-pub(super) async fn load(registry: &dyn Registry, card: Arc<ModelCard>) -> Result<Model, ApiError> {
-    let bytes = registry.get_blob(&card.tokenizer).await.map_err(|error| {
+pub(super) async fn load(catalog: &dyn Catalog, card: Arc<ModelCard>) -> Result<Model, ApiError> {
+    let bytes = catalog.get_blob(&card.tokenizer).await.map_err(|error| {
         tracing::warn!(model = card.name, %error, "the tokenizer could not be read");
         ApiError::of(
             ErrorCode::BackendUnavailable,

@@ -128,7 +128,7 @@ async fn the_first_token_of_a_remote_prefill_is_streamed_before_the_kv_has_moved
     attempt.writer.append(Body::PrefillCompleted(done)).await.unwrap();
     assert_eq!(events.chunk().await.choices[0].delta.content.as_deref(), Some("First"));
 
-    let moved = KvTransferred { bytes: 1, tokens: 9, read_us: 1, transport: "shm".into() };
+    let moved = KvTransferred { bytes: 1, tokens: 9, read_us: 1, after_us: 0, transport: "shm".into() };
     attempt.writer.append(Body::KvTransferred(moved)).await.unwrap();
     attempt.text(" second").await;
     assert_eq!(events.chunk().await.choices[0].delta.content.as_deref(), Some(" second"));
@@ -172,7 +172,7 @@ async fn a_long_prompt_is_tokenized_like_a_short_one() {
     let site = Site::start().await;
     let mut long = card(&site.streams, "demo").await;
     long.context_tokens = 100_000;
-    site.streams.registry.publish_model(&long).await.unwrap();
+    site.streams.catalog.publish_model(&long).await.unwrap();
     let text = "water waits in the forebay ".repeat(400);
     let request =
         json!({ "model": "demo", "stream": true, "messages": [{ "role": "user", "content": text }] });

@@ -121,11 +121,11 @@ async fn a_broken_model_breaks_alone() {
     (lost.name, lost.tokenizer) = ("lost".into(), BlobRef { name: "gone".into(), bytes: 1 });
     let mut broken = good.clone();
     broken.name = "broken".into();
-    broken.tokenizer = site.streams.registry.put_blob("{}".into()).await.unwrap();
+    broken.tokenizer = site.streams.catalog.put_blob("{}".into()).await.unwrap();
     let mut garbled = good;
     (garbled.name, garbled.chat_template) = ("garbled".into(), Some("{% if %}".into()));
     for card in [base, lost, broken, garbled] {
-        site.streams.registry.publish_model(&card).await.unwrap();
+        site.streams.catalog.publish_model(&card).await.unwrap();
     }
     let model = async |name: &str| site.post(ask(json!({ "model": name }))).await;
     refused(model("base").await, 400, "no_chat_template", Some("model")).await;

@@ -26,7 +26,7 @@ async fn models_are_listed_as_they_come() {
     };
     assert_eq!(list.data, [entry]);
 
-    site.streams.registry.publish_model(&card(&site.streams, "Qwen/Qwen3-0.6B").await).await.unwrap();
+    site.streams.catalog.publish_model(&card(&site.streams, "Qwen/Qwen3-0.6B").await).await.unwrap();
     let entry: ModelEntry = site.get("/v1/models/Qwen/Qwen3-0.6B").await.json().await.unwrap();
     assert_eq!(entry.id, "Qwen/Qwen3-0.6B");
 }

@@ -44,7 +44,7 @@ impl Site {
     }
 
     pub(crate) async fn with(streams: Streams, config: GatewayConfig) -> Site {
-        streams.registry.publish_model(&card(&streams, "demo").await).await.unwrap();
+        streams.catalog.publish_model(&card(&streams, "demo").await).await.unwrap();
         let gateway = Gateway::start(streams.clone(), config.clone()).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -205,7 +205,7 @@ pub(crate) async fn card(streams: &Streams, name: &str) -> ModelCard {
         vocab_size: 512,
         context_tokens: 512,
         eos_token_ids: vec![2],
-        tokenizer: streams.registry.put_blob(tokenizer.into()).await.unwrap(),
+        tokenizer: streams.catalog.put_blob(tokenizer.into()).await.unwrap(),
         chat_template: Some(TEMPLATE.into()),
         special_tokens: vec![],
         defaults: SamplingDefaults { temperature: 1.0, top_p: 1.0, top_k: 0 },

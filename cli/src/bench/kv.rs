@@ -9,7 +9,7 @@ use forebay_schemas::{
     kv::{KvDtype, KvGeometry, KvHandle, KvLayout, LayoutHash, TokenRange},
     task::Role,
 };
-use forebay_workers::kv::{KvPeers, Leases, Sealed, read_kv, shm, sums};
+use forebay_workers::kv::{KvOptions, KvPeers, Leases, Sealed, read_kv, shm, sums};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -42,7 +42,7 @@ pub(crate) fn run(args: &KvArgs) -> anyhow::Result<()> {
     let tokens = TokenRange { start: 0, count };
     let owner = Owner::start(layout)?;
     let into = Region::create("bench-reader", layout.region_bytes())?;
-    let peers = KvPeers::new(HASH);
+    let peers = KvPeers::new(HASH, &KvOptions::default());
     let mut memcpy = PlainCopy::new(layout.region_bytes());
     let (mut copies, mut plain, mut checked) = (Vec::new(), Vec::new(), Vec::new());
     println!(

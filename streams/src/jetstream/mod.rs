@@ -1,11 +1,15 @@
 //! The backend that is deployed: NATS with JetStream.
 
+mod bucket;
 mod cache_events;
+mod catalog;
 mod connect;
 mod dead_letters;
+mod ledger;
 mod log;
 mod own_queues;
 mod registry;
+mod settings;
 mod tasks;
 mod topology;
 
@@ -40,20 +44,15 @@ impl JetStream {
             own_queues: shared.clone(),
             cache_events: shared.clone(),
             dead_letters: shared.clone(),
-            registry: shared,
+            catalog: shared.clone(),
+            registry: shared.clone(),
+            settings: shared,
         }
     }
 
     /// Resolves when the connection breaks: an answer that is outstanding then will not come.
     fn connection_lost(&self) -> impl Future<Output = ()> + Send + use<> {
-        let mut lost = self.lost.clone();
-        lost.mark_unchanged();
-        async move {
-            if lost.changed().await.is_err() {
-                // The client itself is gone, and says so by itself.
-                std::future::pending::<()>().await;
-            }
-        }
+        lost_from(&self.lost)
     }
 
     /// Publishes into a stream and returns the sequence that it was stored at.
@@ -85,6 +84,18 @@ impl JetStream {
                 Err(PublishError::Refused { code: error.err_code, description: error.description })
             }
             None => Ok(ack.seq),
+        }
+    }
+}
+
+/// Resolves when the connection breaks after this call.
+fn lost_from(lost: &watch::Receiver<u64>) -> impl Future<Output = ()> + Send + use<> {
+    let mut lost = lost.clone();
+    lost.mark_unchanged();
+    async move {
+        if lost.changed().await.is_err() {
+            // The client itself is gone, and says so by itself.
+            std::future::pending::<()>().await;
         }
     }
 }

@@ -33,6 +33,7 @@ const KV_BYTES: i64 = 256 << 20;
 
 pub(crate) const MODELS: &str = "fb_models";
 pub(crate) const WORKERS: &str = "fb_workers";
+pub(crate) const CONFIG: &str = "fb_config";
 pub(crate) const BLOBS: &str = "fb_blobs";
 
 /// The consumer of the server's advisories of spent deliveries.
@@ -145,6 +146,7 @@ pub(crate) async fn ensure(context: &Context, limits: &Limits) -> Result<(), Str
     };
     ensure_bucket(context, bucket(MODELS, Duration::ZERO)).await?;
     ensure_bucket(context, bucket(WORKERS, limits.lease_time)).await?;
+    ensure_bucket(context, bucket(CONFIG, Duration::ZERO)).await?;
     if context.get_object_store(BLOBS).await.is_err() {
         let config = object_store::Config {
             bucket: BLOBS.to_owned(),

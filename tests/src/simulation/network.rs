@@ -1,5 +1,7 @@
 //! What lies between a simulated process and the backend: latency, loss, partitions, replicas that lag.
 
+mod registry;
+
 use super::{
     Mutation,
     chance::{below, chance},
@@ -9,7 +11,6 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use forebay_schemas::{
     cache_event::CacheEvent,
-    card::{BlobRef, ModelCard, WorkerLease},
     dead_letter::DeadLetter,
     event::Event,
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
@@ -22,13 +23,12 @@ use forebay_streams::{
     environment::{Condition, Process},
     log::{AppendError, EventLog, Live, LogRef, Recorded, Refusal, persist},
     own_queues::{OwnQueues, Owner},
-    registry::{Models, Registry, Workers},
     tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
 };
 use futures::{StreamExt, stream::BoxStream};
 use std::{sync::Arc, time::Duration};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, oneshot},
     time::sleep,
 };
 
@@ -67,7 +67,9 @@ impl Link {
             own_queues: link.clone(),
             cache_events: link.clone(),
             dead_letters: link.clone(),
-            registry: link,
+            catalog: link.clone(),
+            registry: link.clone(),
+            settings: link,
         }
     }
 
@@ -579,58 +581,5 @@ impl DeadLetters for Link {
     async fn settle(&self, spent: &Spent) -> Result<(), StreamError> {
         let (backend, spent) = (self.world.streams.dead_letters.clone(), spent.clone());
         self.carry("settle", async move { backend.settle(&spent).await }).await?
-    }
-}
-
-#[async_trait]
-impl Registry for Link {
-    async fn publish_model(&self, card: &ModelCard) -> Result<(), StreamError> {
-        let (backend, card) = (self.world.streams.registry.clone(), card.clone());
-        self.carry("publish_model", async move { backend.publish_model(&card).await }).await?
-    }
-
-    async fn models(&self) -> Result<watch::Receiver<Models>, StreamError> {
-        let backend = self.world.streams.registry.clone();
-        self.carry("models", async move { backend.models().await }).await?
-    }
-
-    async fn renew(&self, lease: &WorkerLease) -> Result<(), StreamError> {
-        self.introduce(&lease.worker);
-        let (backend, lease) = (self.world.streams.registry.clone(), lease.clone());
-        self.carry("renew", async move { backend.renew(&lease).await }).await?
-    }
-
-    async fn resign(&self, worker: &WorkerId) -> Result<(), StreamError> {
-        let (backend, worker) = (self.world.streams.registry.clone(), worker.clone());
-        self.carry("resign", async move { backend.resign(&worker).await }).await?
-    }
-
-    fn lease_time(&self) -> Duration {
-        self.world.streams.registry.lease_time()
-    }
-
-    async fn workers(&self) -> Result<watch::Receiver<Workers>, StreamError> {
-        let backend = self.world.streams.registry.clone();
-        let mut all = self.carry("workers", async move { backend.workers().await }).await??;
-        let (sender, receiver) = watch::channel(all.borrow_and_update().clone());
-        let link = self.clone();
-        tokio::spawn(async move {
-            while all.changed().await.is_ok() && !sender.is_closed() {
-                sleep(link.draw().there).await;
-                link.passes().await;
-                sender.send_replace(all.borrow_and_update().clone());
-            }
-        });
-        Ok(receiver)
-    }
-
-    async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, StreamError> {
-        let backend = self.world.streams.registry.clone();
-        self.carry("put_blob", async move { backend.put_blob(bytes).await }).await?
-    }
-
-    async fn get_blob(&self, blob: &BlobRef) -> Result<Bytes, StreamError> {
-        let (backend, blob) = (self.world.streams.registry.clone(), blob.clone());
-        self.carry("get_blob", async move { backend.get_blob(&blob).await }).await?
     }
 }

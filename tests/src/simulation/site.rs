@@ -18,6 +18,7 @@ use forebay_workers::{
         Engine,
         sim::{SimEngine, SimOptions, SimPace},
     },
+    kv::KvOptions,
     model::ModelText,
     worker::{self, WorkerConfig},
 };
@@ -117,12 +118,18 @@ impl Plan {
             worker: WorkerConfig {
                 role: Role::Decode,
                 max_local_prefill_length: if chance(700) { 0 } else { below(100) as u32 },
+                max_prefill_queue_size: if chance(800) { 64 } else { below(3) as u32 },
                 chunk_tokens: between(4..=64) as u32,
+                step_tokens: between(1..=64) as u32,
+                // Of 256 bytes a block: from none to more than all requests need.
+                cache_bytes: if chance(300) { 0 } else { between(1..=64) * 256 },
+                overlap: chance(900),
                 kv_lease: between_ms(100..=1500),
                 attempts_max,
                 prefill_patience: between_ms(500..=3000),
                 grace: between_ms(100..=6000),
                 socket_folder: PathBuf::from(folder),
+                kv: KvOptions::default(),
             },
             gateway: GatewayConfig {
                 gateway: GatewayId::new("gw").expect("a name"),

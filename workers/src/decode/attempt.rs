@@ -1,6 +1,11 @@
 //! One attempt at one request: from the claim to its end, or to where another worker goes on.
 
-use super::{RequestError, handover::Leave, release, transport};
+use super::{
+    RequestError,
+    handover::Leave,
+    placement::{Placement, Prompt, place},
+    release,
+};
 use crate::{
     engine::EngineError,
     kv::{ReadError, Sealed, Slot, read_kv},
@@ -11,27 +16,16 @@ use crate::{
 };
 use forebay_schemas::{
     event::{
-        Body, Claimed, EngineRef, FinishReason, KvLost, KvTransferred, PrefillQueued, RequestCompleted,
-        TokensGenerated,
+        Body, Claimed, EngineRef, FinishReason, KvLost, KvTransferred, RequestCompleted, TokensGenerated,
     },
     lifecycle::{Lifecycle, Phase},
-    task::{PrefillTask, Role},
 };
-use forebay_streams::{
-    environment::off_thread,
-    follow::Follow,
-    log::LogRef,
-    tasks::{Delivery, enqueue},
-    writer::LogWriter,
-};
-use std::{sync::Arc, time::Duration};
-use tokio::{sync::mpsc, time::Instant};
+use forebay_streams::{environment::off_thread, log::LogRef, tasks::Delivery, writer::LogWriter};
+use std::{mem, sync::Arc};
+use tokio::sync::mpsc;
 
 /// Outputs taken from the engine at once; they become one event.
 const BATCH_MAX: usize = 64;
-
-/// Pause before a log that could not be read is read again.
-const READ_PAUSE: Duration = Duration::from_millis(500);
 
 /// How an attempt went.
 pub(super) enum Outcome {
@@ -41,40 +35,14 @@ pub(super) enum Outcome {
     Left(Option<Sealed>),
 }
 
-/// Where a prompt is prefilled, and why.
-#[derive(Debug, PartialEq, Eq)]
-enum Placement {
-    Local,
-    Remote { reason: String },
-}
-
-/// Conditional disaggregation: a prompt goes to a prefill worker if there is one and enough to do for it.
-fn place(tokens: u32, max_local_prefill_length: u32, prefill_workers: usize) -> Placement {
-    if prefill_workers == 0 || tokens <= max_local_prefill_length {
-        return Placement::Local;
-    }
-    Placement::Remote {
-        reason: format!("prompt of {tokens} > max_local_prefill_length {max_local_prefill_length}"),
-    }
-}
-
 /// What there is before the first step.
-enum Start {
-    /// KV of this many tokens is in the slot; the rest is computed here.
-    Filled(u32),
+pub(super) enum Start {
+    /// KV of `filled` tokens is in the slot, of which the first `cached` come from this worker's prefix cache; the rest is
+    /// computed here.
+    Filled { filled: u32, cached: u32 },
     /// The prefill's token was the last: there is nothing to decode.
     Finished(FinishReason),
     /// The worker is to stop before anything was computed here.
-    Leave(Leave),
-}
-
-/// How waiting for a remote prefill ended.
-enum Waited {
-    /// It is done.
-    Done,
-    /// It will not be.
-    Lost(String),
-    /// The worker's grace is over.
     Leave(Leave),
 }
 
@@ -109,8 +77,8 @@ impl Attempt<'_> {
             return self.complete(&mut writer, reason).await;
         }
         self.check_context(writer.state())?;
-        let filled = match self.start(&mut writer, &mut output).await? {
-            Start::Filled(filled) => filled,
+        let (filled, cached) = match self.start(&mut writer, &mut output).await? {
+            Start::Filled { filled, cached } => (filled, cached),
             Start::Finished(reason) => return self.complete(&mut writer, reason).await,
             Start::Leave(why) => {
                 let (_, nothing) = mpsc::channel(1);
@@ -118,7 +86,7 @@ impl Attempt<'_> {
             }
         };
         let outputs = worker.runner.add(self.sequence(writer.state(), filled)).await?;
-        self.generate(&mut writer, &mut output, outputs).await
+        self.generate(&mut writer, &mut output, outputs, cached).await
     }
 
     /// Another worker of the model may have longer slots, and the gateway goes by its card.
@@ -151,76 +119,30 @@ impl Attempt<'_> {
                 Ok(transferred) => {
                     let filled = transferred.tokens;
                     writer.append(Body::KvTransferred(transferred)).await?;
-                    return Ok(Start::Filled(filled));
+                    return Ok(Start::Filled { filled, cached: 0 });
                 }
-                Err(error) => self.lost(writer, output, error.to_string()).await?,
-            };
-        }
-        let tokens = writer.state().sequence().len() as u32;
-        let prefill_workers = self.prefill_workers();
-        let Placement::Remote { reason } =
-            place(tokens, self.worker.config.max_local_prefill_length, prefill_workers)
-        else {
-            return Ok(Start::Filled(0));
-        };
-        // Subscribed before the task is queued, on the same connection: nothing that follows can be missed.
-        let follow = Follow::watch(self.worker.streams.log.clone(), self.log.clone(), writer.seq()).await?;
-        writer
-            .append(Body::PrefillQueued(PrefillQueued {
-                tokens,
-                reason,
-                cached_tokens: 0,
-                layout_hash: None,
-                kv: None,
-            }))
-            .await?;
-        let task = PrefillTask {
-            request: self.log.request,
-            gateway: self.log.gateway.clone(),
-            model: self.worker.model.key.clone(),
-            attempt: writer.state().attempt,
-        };
-        if let Err(error) = enqueue(&*self.worker.streams.tasks, &task).await {
-            return self.lost(writer, output, error.to_string()).await;
-        }
-        match self.await_prefill(writer, follow).await? {
-            Waited::Done => {}
-            Waited::Lost(reason) => return self.lost(writer, output, reason).await,
-            Waited::Leave(why) => return Ok(Start::Leave(why)),
-        }
-        self.take_tokens(writer.state(), output);
-        if let Some(reason) = output.finish() {
-            release(self.worker, writer.state());
-            return Ok(Start::Finished(reason));
-        }
-        let end = writer.state().kv.last().map(|handle| handle.tokens.end());
-        let read = match end == Some(tokens) {
-            true => self.read(writer.state()).await,
-            false => Err(ReadError::BadHandle(format!("the handles do not cover the {tokens} tokens"))),
-        };
-        match read {
-            Ok(transferred) => {
-                writer.append(Body::KvTransferred(transferred)).await?;
-                Ok(Start::Filled(tokens))
+                Err(error) => drop(self.lost(writer, output, error.to_string(), 0, 0).await?),
             }
-            Err(error) => self.lost(writer, output, error.to_string()).await,
+        }
+        let cached = self.worker.load_prefix(self.slot, writer.state()).await;
+        let prompt = Prompt { tokens: writer.state().sequence().len() as u32, cached };
+        match place(prompt, self.worker.limits(), self.worker.prefill()) {
+            Placement::Remote { reason } => self.prefill_remotely(writer, output, cached, reason).await,
+            Placement::Local { reason } => {
+                tracing::debug!(log = %self.log, reason, "prefilling here");
+                Ok(Start::Filled { filled: cached, cached })
+            }
         }
     }
 
-    fn prefill_workers(&self) -> usize {
-        let model = &self.worker.model;
-        let fits = |lease: &forebay_schemas::card::WorkerLease| {
-            lease.role == Role::Prefill && lease.model == model.key && lease.layout_hash == model.layout_hash
-        };
-        self.worker.workers.borrow().values().filter(|lease| fits(lease)).count()
-    }
-
-    /// The KV must be computed here.
-    async fn lost(
+    /// What comes after the `filled` positions must be computed here.
+    pub(super) async fn lost(
         &self,
         writer: &mut LogWriter,
         output: &mut OutputText,
         reason: String,
+        filled: u32,
+        cached: u32,
     ) -> Result<Start, RequestError> {
         tracing::warn!(log = %self.log, reason, "computing the KV here instead");
         // The prefill worker may have said so itself.
@@ -230,55 +152,14 @@ impl Attempt<'_> {
         release(self.worker, writer.state());
         // A prefill that completed in the moment that it was given up has drawn a token all the same.
         self.take_tokens(writer.state(), output);
-        Ok(output.finish().map_or(Start::Filled(0), Start::Finished))
+        Ok(output.finish().map_or(Start::Filled { filled, cached }, Start::Finished))
     }
 
     /// Tokens, and their text, that somebody else appended.
-    fn take_tokens(&self, state: &Lifecycle, output: &mut OutputText) {
+    pub(super) fn take_tokens(&self, state: &Lifecycle, output: &mut OutputText) {
         let known = output.tokens().len();
         state.tokens[known..].iter().for_each(|token| output.push(*token));
         output.release();
-    }
-
-    /// Follows the log until the prefill is done, or will not be.
-    async fn await_prefill(
-        &self,
-        writer: &mut LogWriter,
-        mut follow: Follow,
-    ) -> Result<Waited, RequestError> {
-        let patience = self.worker.config.prefill_patience;
-        let attempt = writer.state().attempt;
-        let mut give_up = Instant::now() + patience;
-        loop {
-            let news = tokio::select! {
-                biased;
-                news = tokio::time::timeout_at(give_up, follow.next()) => news,
-                // A prefill under way is worth waiting for: the sequence can then leave with its KV.
-                () = self.worker.grace_over.cancelled() => return Ok(Waited::Leave(Leave::TimeIsUp)),
-            };
-            let recorded = match news {
-                Ok(Ok(recorded)) => recorded,
-                Ok(Err(error)) => {
-                    tracing::debug!(log = %self.log, %error, "the log can't be read now; trying again");
-                    tokio::time::sleep(READ_PAUSE).await;
-                    continue;
-                }
-                Err(_) => return Ok(Waited::Lost(format!("nothing of the prefill for {patience:?}"))),
-            };
-            give_up = Instant::now() + patience;
-            writer.observe(recorded.seq, &recorded.event)?;
-            if writer.state().attempt != attempt {
-                return Err(RequestError::ClaimedElsewhere(writer.state().attempt));
-            }
-            match recorded.event.body {
-                Body::PrefillCompleted(_) => return Ok(Waited::Done),
-                Body::KvLost(lost) => return Ok(Waited::Lost(lost.reason)),
-                body if body.is_terminal() => {
-                    return Err(RequestError::ClaimedElsewhere(attempt));
-                }
-                _ => {}
-            }
-        }
     }
 
     /// Reads all sealed KV into the slot.
@@ -289,13 +170,14 @@ impl Attempt<'_> {
         let (worker, slot, handles) = (self.worker.clone(), self.slot.clone(), state.kv.clone());
         // The copy can't be interrupted: it holds the slot until it is done, whatever becomes of the request.
         let read = move || {
-            let transport = transport(&worker, &handles[0])?;
+            let transport = worker.transport(&handles[0])?;
             let layout = &worker.runner.card().layout;
             let report = read_kv(&*transport, &handles, worker.runner.kv(), layout, slot.index())?;
             Ok(KvTransferred {
                 bytes: report.bytes,
                 tokens: report.tokens,
                 read_us: report.micros,
+                after_us: 0,
                 transport: transport.name().to_owned(),
             })
         };
@@ -312,13 +194,23 @@ impl Attempt<'_> {
         Ok(Outcome::Ended)
     }
 
+    /// Keeps the whole sequence's KV for the next turn of the conversation. The last token was drawn and not run.
+    async fn keep(&self, state: &Lifecycle) {
+        let mut tokens = state.sequence();
+        tokens.pop();
+        self.worker.store_prefix(self.slot, state, &tokens).await;
+    }
+
     /// Appends tokens as they come. One append is outstanding at a time; tokens made meanwhile share the next.
     async fn generate(
         &self,
         writer: &mut LogWriter,
         output: &mut OutputText,
         mut outputs: mpsc::Receiver<Output>,
+        cached: u32,
     ) -> Result<Outcome, RequestError> {
+        let prompt = writer.state().sequence();
+        let mut kept = false;
         let mut batch = Vec::with_capacity(BATCH_MAX);
         let leave_now = self.worker.leave_now();
         tokio::pin!(leave_now);
@@ -343,27 +235,24 @@ impl Attempt<'_> {
             let tokens = output.tokens()[first_index..].to_vec();
             if !tokens.is_empty() {
                 let text = output.release();
-                let generated =
-                    TokensGenerated { first_index: first_index as u32, tokens, text, cached_tokens: 0 };
+                let cached_tokens = if first_index == 0 { cached } else { 0 };
+                let first_index = first_index as u32;
+                let generated = TokensGenerated { first_index, tokens, text, cached_tokens };
                 writer.append(Body::TokensGenerated(generated)).await?;
+                if !mem::replace(&mut kept, true) {
+                    // Whoever asks something with the same beginning need not wait for the end of this answer.
+                    self.worker.store_prefix_soon(self.slot, writer.state(), &prompt);
+                }
             }
             match (output.finish(), failure) {
-                (Some(reason), _) => return self.complete(writer, reason).await,
+                (Some(reason), _) => {
+                    let outcome = self.complete(writer, reason).await?;
+                    self.keep(writer.state()).await;
+                    return Ok(outcome);
+                }
                 (None, Some(error)) => return Err(error.into()),
                 (None, None) => {}
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn short_prompts_and_lonely_workers_prefill_locally() {
-        assert_eq!(place(100, 128, 2), Placement::Local);
-        assert_eq!(place(1000, 128, 0), Placement::Local);
-        assert!(matches!(place(129, 128, 1), Placement::Remote { reason } if reason.contains("129 > ")));
     }
 }

@@ -5,14 +5,14 @@ use super::{
     RequestError,
     attempt::{Attempt, Outcome},
 };
-use crate::{kv::sums, output::OutputText, runner::Output, worker::Worker};
+use crate::{output::OutputText, runner::Output, worker::Worker};
 use forebay_schemas::{
     card::WorkerLease,
     event::{Body, ReleaseCause, Released, TokensGenerated},
-    kv::{KvHandle, TokenRange},
+    kv::TokenRange,
     task::Role,
 };
-use forebay_streams::{environment::off_thread, registry::Workers, writer::LogWriter};
+use forebay_streams::{registry::Workers, writer::LogWriter};
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
@@ -131,7 +131,7 @@ impl Attempt<'_> {
             Leave::Successor if filled > 0 => {
                 worker.runner.park(self.slot.index(), filled).await;
                 let sealed = worker.leases.seal(self.slot.index(), worker.config.kv_lease);
-                let handle = self.seal(&sealed, TokenRange { start: 0, count: filled }).await;
+                let handle = worker.seal(self.slot, &sealed, TokenRange { start: 0, count: filled }).await;
                 (Some(handle), Some(sealed))
             }
             _ => (None, None),
@@ -148,13 +148,5 @@ impl Attempt<'_> {
         };
         writer.append(Body::Released(released)).await?;
         Ok(Outcome::Left(sealed))
-    }
-
-    async fn seal(&self, lease: &crate::kv::Sealed, tokens: TokenRange) -> KvHandle {
-        let (worker, held) = (self.worker.clone(), self.slot.clone());
-        let layout = worker.runner.card().layout;
-        let runner = worker.runner.clone();
-        let checksums = off_thread(move || sums(runner.kv(), &layout, held.index(), tokens)).await;
-        worker.handle(self.slot, lease, tokens, checksums)
     }
 }

@@ -7,7 +7,11 @@
 
 use forebay_kernels::{RegionError, Words};
 use forebay_streams::environment;
-use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
+use std::{
+    os::fd::BorrowedFd,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 use tokio::time::Instant;
 
 /// The longest that a read may take after its lease has ended.
@@ -64,17 +68,63 @@ impl Word {
     }
 }
 
-/// The owner's side: the words of its slots.
+/// Claims a slot at a generation. An error is what the word says instead.
+pub(super) fn claim(words: &Words, slot: u32, generation: u64) -> Result<(), Word> {
+    let (sealed, claimed) = (Word::Sealed(generation).pack(), Word::Claimed(generation).pack());
+    match words.swap_if(slot as usize, sealed, claimed) {
+        Ok(()) => Ok(()),
+        // Claimed by a reader that was given up for dead: what it had, this one may read too.
+        Err(found) if found == claimed => Ok(()),
+        Err(found) => Err(Word::unpack(found)),
+    }
+}
+
+/// Gives a slot back that was claimed at a generation.
+pub(super) fn release(words: &Words, slot: u32, generation: u64) {
+    let (claimed, released) = (Word::Claimed(generation).pack(), Word::Released(generation).pack());
+    // Whatever else it is by now, it is no longer this reader's.
+    let _ = words.swap_if(slot as usize, claimed, released);
+}
+
+/// What a reader shows that goes through the owner.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shown {
+    pub(super) slot: u32,
+    pub(super) generation: u64,
+    pub(super) capability: u64,
+}
+
+/// Why an owner serves no read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Denied {
+    /// The slot is at this generation, or was released at it.
+    Over(u64),
+    /// The lease and the longest read are over, and nobody has needed the slot since.
+    Lapsed,
+    /// The capability is not the lease's.
+    Capability,
+}
+
+/// A slot's lease as the owner gave it.
+#[derive(Clone, Copy, Debug)]
+struct Right {
+    generation: u64,
+    capability: u64,
+    until: Instant,
+}
+
+/// The owner's side: the words of its slots, and what was promised for each.
 #[derive(Debug, Clone)]
 pub struct Leases {
     words: Arc<Words>,
+    rights: Arc<Mutex<Vec<Option<Right>>>>,
 }
 
 impl Leases {
     /// Words for that many slots, all open.
     pub fn create(slots: u32) -> Result<Leases, RegionError> {
         let words = Words::create("forebay-leases", slots as usize)?;
-        Ok(Leases { words: Arc::new(words) })
+        Ok(Leases { words: Arc::new(words), rights: Arc::new(Mutex::new(vec![None; slots as usize])) })
     }
 
     /// The descriptor to pass to peers.
@@ -98,8 +148,41 @@ impl Leases {
     pub fn seal(&self, slot: u32, lease: Duration) -> Sealed {
         let generation = self.word(slot).generation() + 1;
         self.words.store(slot as usize, Word::Sealed(generation).pack());
-        let capability = environment::random();
-        Sealed { leases: self.clone(), slot, generation, capability, until: Instant::now() + lease }
+        let (capability, until) = (environment::random(), Instant::now() + lease);
+        self.promise(slot, Right { generation, capability, until });
+        Sealed { leases: self.clone(), slot, generation, capability, until }
+    }
+
+    fn promise(&self, slot: u32, right: Right) {
+        self.rights.lock().expect("no panics while held")[slot as usize] = Some(right);
+    }
+
+    /// Whether who shows this may read the slot. The slot must be one of these.
+    pub(super) fn check(&self, shown: Shown) -> Result<(), Denied> {
+        let found = self.word(shown.slot).generation();
+        let right = self.rights.lock().expect("no panics while held")[shown.slot as usize];
+        match right {
+            Some(right) if right.generation == shown.generation && found == shown.generation => {
+                if right.capability != shown.capability {
+                    return Err(Denied::Capability);
+                }
+                if Instant::now() >= right.until + LONGEST_READ { Err(Denied::Lapsed) } else { Ok(()) }
+            }
+            _ => Err(Denied::Over(found)),
+        }
+    }
+
+    /// Claims a slot for who shows this.
+    pub(super) fn claim(&self, shown: Shown) -> Result<(), Denied> {
+        self.check(shown)?;
+        claim(&self.words, shown.slot, shown.generation).map_err(|found| Denied::Over(found.generation()))
+    }
+
+    /// Gives a slot back for who shows this.
+    pub(super) fn release(&self, shown: Shown) -> Result<(), Denied> {
+        self.check(shown)?;
+        release(&self.words, shown.slot, shown.generation);
+        Ok(())
     }
 
     fn open_next(&self, slot: u32, generation: u64) {
@@ -136,6 +219,8 @@ impl Sealed {
     /// Begins the lease's time anew.
     pub fn renew(&mut self, lease: Duration) {
         self.until = Instant::now() + lease;
+        let Sealed { generation, capability, until, .. } = *self;
+        self.leases.promise(self.slot, Right { generation, capability, until });
     }
 
     /// Waits until the slot may be reused. True if a reader released it, false if time ran out.
@@ -175,6 +260,26 @@ mod tests {
         for word in [Word::Open(0), Word::Sealed(1), Word::Claimed(7), Word::Released(u64::MAX >> 2)] {
             assert_eq!(Word::unpack(word.pack()), word);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_owner_serves_who_has_the_right_and_for_as_long() {
+        let leases = Leases::create(2).unwrap();
+        let mut sealed = leases.seal(1, Duration::from_secs(10));
+        let shown = Shown { slot: 1, generation: sealed.generation(), capability: sealed.capability() };
+        assert_eq!(leases.check(shown), Ok(()));
+        assert_eq!(leases.claim(Shown { capability: !shown.capability, ..shown }), Err(Denied::Capability));
+        assert_eq!(leases.claim(Shown { generation: 0, ..shown }), Err(Denied::Over(1)));
+        assert_eq!(leases.claim(Shown { slot: 0, ..shown }), Err(Denied::Over(0)));
+        assert_eq!(leases.word(1), Word::Sealed(1));
+        tokio::time::advance(Duration::from_secs(9)).await;
+        sealed.renew(Duration::from_secs(10));
+        tokio::time::advance(Duration::from_secs(14)).await;
+        assert_eq!(leases.claim(shown), Ok(()));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(leases.check(shown), Err(Denied::Lapsed));
+        drop(sealed);
+        assert_eq!(leases.check(shown), Err(Denied::Over(2)));
     }
 
     #[tokio::test]

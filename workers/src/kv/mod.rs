@@ -4,14 +4,20 @@
 //! The protocol, above every transport: claim the lease → read → look at the generation again → check the sums
 //! → release. Whatever fails, the reader computes the KV itself; nothing is ever served with a warning.
 
+mod cache;
+mod greeting;
 mod lease;
+mod peers;
 mod pool;
 mod read;
 pub mod shm;
+pub mod tcp;
 
+pub use cache::{BlockCache, Change, Drained, SlotOf};
 pub use lease::{Leases, Sealed, Word};
+pub use peers::{Choice, KvOptions, KvPeers};
 pub use pool::{Slot, SlotPool};
-pub use read::{KvPeers, ReadError, ReadReport, Transport, read_kv};
+pub use read::{KvRead, ReadError, ReadReport, Transport, read_kv};
 
 use forebay_kernels::{Checksum, Region, checksum};
 use forebay_schemas::kv::{KvHandle, KvLayout, TokenRange};

@@ -1,14 +1,12 @@
 //! Reading a peer's KV: the protocol, above every transport.
 
-use super::shm::ShmPeers;
 use forebay_kernels::Region;
 use forebay_schemas::{
-    card::WorkerLease,
     ids::WorkerId,
     kv::{KvHandle, KvLayout, LayoutHash},
 };
 use forebay_streams::environment::pause;
-use std::sync::Arc;
+use std::ops::Deref;
 use tokio::time::Instant;
 
 /// Why KV could not be had. The reader then computes it itself.
@@ -47,6 +45,16 @@ pub enum ReadError {
         expected: u64,
         /// The slot's.
         found: u64,
+    },
+    /// The owner serves no such read.
+    #[error("worker {agent} refuses to have slot {slot} read: {cause}")]
+    Refused {
+        /// Whose KV.
+        agent: WorkerId,
+        /// Which slot.
+        slot: u32,
+        /// What the owner says.
+        cause: &'static str,
     },
     /// What was read is not what was sealed.
     #[error("checksum of group {group} of slot {slot} of worker {agent} does not match")]
@@ -89,32 +97,6 @@ pub trait Transport: Send + Sync {
     fn release(&self, handle: &KvHandle);
 }
 
-/// The peers that this worker can read from.
-pub struct KvPeers {
-    shm: ShmPeers,
-    layout_hash: LayoutHash,
-}
-
-impl KvPeers {
-    /// No peer known yet; all must have this layout hash.
-    pub fn new(layout_hash: LayoutHash) -> KvPeers {
-        KvPeers { shm: ShmPeers::default(), layout_hash }
-    }
-
-    /// The transport to the worker that holds a handle's bytes; `lease` is what the registry knows of it.
-    pub fn transport(
-        &self,
-        handle: &KvHandle,
-        lease: Option<&WorkerLease>,
-    ) -> Result<Arc<dyn Transport>, ReadError> {
-        if handle.layout_hash != self.layout_hash {
-            let agent = handle.agent.clone();
-            return Err(ReadError::Layout { agent, expected: self.layout_hash, found: handle.layout_hash });
-        }
-        self.shm.peer(handle, lease)
-    }
-}
-
 /// A finished read.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ReadReport {
@@ -126,6 +108,69 @@ pub struct ReadReport {
     pub micros: u64,
 }
 
+/// A read of one slot of one owner, piece by piece: claimed at its beginning, given back at its end, however it ends.
+/// What a piece brought may be used only if [`KvRead::piece`] returned without an error.
+pub struct KvRead<T: Deref<Target: Transport>> {
+    transport: T,
+    /// The handle that the lease was claimed with.
+    claimed: KvHandle,
+    report: ReadReport,
+}
+
+impl<T: Deref<Target: Transport>> KvRead<T> {
+    /// Claims the lease that a handle names.
+    pub fn begin(transport: T, handle: &KvHandle) -> Result<KvRead<T>, ReadError> {
+        transport.claim(handle)?;
+        Ok(KvRead { transport, claimed: handle.clone(), report: ReadReport::default() })
+    }
+
+    /// Copies what a handle names, of the lease that was claimed, into a slot. Blocks for as long as the copy takes.
+    pub fn piece(
+        &mut self,
+        handle: &KvHandle,
+        into: &Region,
+        layout: &KvLayout,
+        slot: u32,
+    ) -> Result<(), ReadError> {
+        let begun = Instant::now();
+        self.check_lease(handle)?;
+        check_handle(handle, layout)?;
+        copy_checked(&*self.transport, handle, into, layout, slot)?;
+        self.report.bytes += handle.bytes() as u64;
+        self.report.tokens += handle.tokens.count;
+        self.report.micros += begun.elapsed().as_micros() as u64;
+        Ok(())
+    }
+
+    /// What was read so far.
+    pub fn report(&self) -> ReadReport {
+        self.report
+    }
+
+    /// Over which transport.
+    pub fn transport(&self) -> &'static str {
+        self.transport.name()
+    }
+
+    fn check_lease(&self, handle: &KvHandle) -> Result<(), ReadError> {
+        let lease = |handle: &KvHandle| (handle.incarnation, handle.slot, handle.generation);
+        if handle.agent == self.claimed.agent && lease(handle) == lease(&self.claimed) {
+            return Ok(());
+        }
+        Err(ReadError::BadHandle(format!(
+            "slot {} of {} is not under the lease of slot {} of {}",
+            handle.slot, handle.agent, self.claimed.slot, self.claimed.agent
+        )))
+    }
+}
+
+impl<T: Deref<Target: Transport>> Drop for KvRead<T> {
+    fn drop(&mut self) {
+        pause();
+        self.transport.release(&self.claimed);
+    }
+}
+
 /// Reads what the handles name into a slot: all of it, checked, or nothing that may be used. The handles are of
 /// one slot of one owner. Blocks for as long as the copy takes.
 pub fn read_kv(
@@ -135,46 +180,36 @@ pub fn read_kv(
     layout: &KvLayout,
     slot: u32,
 ) -> Result<ReadReport, ReadError> {
-    let begun = Instant::now();
     let Some(first) = handles.first() else { return Ok(ReadReport::default()) };
     handles.iter().try_for_each(|handle| check_handle(handle, layout))?;
-    transport.claim(first)?;
+    let mut read = KvRead::begin(transport, first)?;
     pause();
-    let outcome = copy_checked(transport, handles, into, layout, slot);
-    pause();
-    transport.release(first);
-    outcome?;
-    Ok(ReadReport {
-        bytes: handles.iter().map(|handle| handle.bytes() as u64).sum(),
-        tokens: handles.iter().map(|handle| handle.tokens.count).sum(),
-        micros: begun.elapsed().as_micros() as u64,
-    })
+    handles.iter().try_for_each(|handle| read.piece(handle, into, layout, slot))?;
+    Ok(read.report())
 }
 
 fn copy_checked(
-    transport: &dyn Transport,
-    handles: &[KvHandle],
+    transport: &(impl Transport + ?Sized),
+    handle: &KvHandle,
     into: &Region,
     layout: &KvLayout,
     slot: u32,
 ) -> Result<(), ReadError> {
-    for handle in handles {
-        for (group, expected) in handle.checksums.iter().enumerate() {
-            let sum = transport.read(handle, group, into, layout, slot)?;
-            pause();
-            if sum != *expected {
-                // Reused while it was read, or damaged: say which.
-                check_generation(transport, handle)?;
-                return Err(ReadError::Corrupt { agent: handle.agent.clone(), slot: handle.slot, group });
-            }
-        }
-        check_generation(transport, handle)?;
+    for (group, expected) in handle.checksums.iter().enumerate() {
+        let sum = transport.read(handle, group, into, layout, slot)?;
         pause();
+        if sum != *expected {
+            // Reused while it was read, or damaged: say which.
+            check_generation(transport, handle)?;
+            return Err(ReadError::Corrupt { agent: handle.agent.clone(), slot: handle.slot, group });
+        }
     }
+    check_generation(transport, handle)?;
+    pause();
     Ok(())
 }
 
-fn check_generation(transport: &dyn Transport, handle: &KvHandle) -> Result<(), ReadError> {
+fn check_generation(transport: &(impl Transport + ?Sized), handle: &KvHandle) -> Result<(), ReadError> {
     match transport.generation(handle)? {
         found if found == handle.generation => Ok(()),
         found => Err(lease_over(handle, found)),

@@ -7,7 +7,8 @@
 mod simulated;
 
 use super::{
-    lease::{Leases, Word},
+    greeting::{GREETING_MAX, Greeting},
+    lease::{Leases, Word, claim, release},
     read::{ReadError, Transport, lease_over},
 };
 use forebay_kernels::{Checksum, Region, Words, copy_summed};
@@ -21,7 +22,6 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
 };
-use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
     io::{IoSlice, IoSliceMut},
@@ -41,20 +41,8 @@ use std::{
 /// How long a peer waits for the owner's greeting.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A greeting is a small JSON object.
-const GREETING_MAX: usize = 4096;
-
 /// Regions of peers kept mapped; the one mapped first goes first.
 const PEERS_MAX: usize = 256;
-
-/// What an owner says of the descriptors that it passes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Greeting {
-    worker: WorkerId,
-    incarnation: u64,
-    layout: KvLayout,
-    layout_hash: LayoutHash,
-}
 
 /// Identifies the host and its boot: workers with equal ids share memory.
 pub fn host_id() -> String {
@@ -164,7 +152,7 @@ fn connect(path: &str) -> Result<(Vec<u8>, OwnedFd, OwnedFd), String> {
 }
 
 /// Peers whose regions are mapped: mapped once, at the first read.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct ShmPeers {
     mapped: Mutex<BTreeMap<(WorkerId, u64), Arc<ShmPeer>>>,
 }
@@ -177,11 +165,11 @@ impl ShmPeers {
         lease: Option<&WorkerLease>,
     ) -> Result<Arc<dyn Transport>, ReadError> {
         let key = (handle.agent.clone(), handle.incarnation);
+        let unreachable =
+            |cause: String| ReadError::Unreachable { agent: handle.agent.clone(), transport: "shm", cause };
         if let Some(peer) = self.mapped.lock().expect("no panics while held").get(&key) {
             return Ok(peer.clone());
         }
-        let unreachable =
-            |cause: String| ReadError::Unreachable { agent: handle.agent.clone(), transport: "shm", cause };
         let lease = lease.ok_or_else(|| unreachable("it has no lease in the registry".into()))?;
         if lease.host != host_id() {
             return Err(unreachable(format!("it is on another host ({})", lease.host)));
@@ -209,12 +197,7 @@ struct ShmPeer {
 impl ShmPeer {
     fn map(socket: &str, handle: &KvHandle) -> Result<ShmPeer, String> {
         let (greeting, region, words) = meet(socket)?;
-        let expected = Greeting {
-            worker: handle.agent.clone(),
-            incarnation: handle.incarnation,
-            layout: handle.layout,
-            layout_hash: handle.layout_hash,
-        };
+        let expected = Greeting::of(handle);
         if greeting != expected {
             return Err(format!("the owner says it is {greeting:?}, the handle says {expected:?}"));
         }
@@ -225,20 +208,29 @@ impl ShmPeer {
     }
 }
 
+impl ShmPeer {
+    /// A handle is what somebody else wrote: it must not lead beyond what is mapped.
+    fn check(&self, handle: &KvHandle) -> Result<(), ReadError> {
+        let within = handle.layout == self.layout
+            && handle.slot < self.layout.slots
+            && handle.tokens.end() <= self.layout.positions;
+        if within {
+            return Ok(());
+        }
+        let KvHandle { slot, tokens, layout, .. } = handle;
+        Err(ReadError::BadHandle(format!("slot {slot} positions {tokens:?} of {layout:?}")))
+    }
+}
+
 impl Transport for ShmPeer {
     fn name(&self) -> &'static str {
         "shm"
     }
 
     fn claim(&self, handle: &KvHandle) -> Result<(), ReadError> {
-        let (sealed, claimed) =
-            (Word::Sealed(handle.generation).pack(), Word::Claimed(handle.generation).pack());
-        match self.words.swap_if(handle.slot as usize, sealed, claimed) {
-            Ok(()) => Ok(()),
-            // Claimed by a reader that was given up for dead: what it had, this one may read too.
-            Err(found) if found == claimed => Ok(()),
-            Err(found) => Err(lease_over(handle, Word::unpack(found).generation())),
-        }
+        self.check(handle)?;
+        claim(&self.words, handle.slot, handle.generation)
+            .map_err(|found| lease_over(handle, found.generation()))
     }
 
     fn read(
@@ -249,6 +241,7 @@ impl Transport for ShmPeer {
         layout: &KvLayout,
         slot: u32,
     ) -> Result<u64, ReadError> {
+        self.check(handle)?;
         let planes = KvHandle::group_planes(&layout.geometry, group);
         let from = self.layout.pieces(handle.slot, handle.tokens, planes.clone());
         let mut sum = Checksum::default();
@@ -259,13 +252,13 @@ impl Transport for ShmPeer {
     }
 
     fn generation(&self, handle: &KvHandle) -> Result<u64, ReadError> {
+        self.check(handle)?;
         Ok(Word::unpack(self.words.load(handle.slot as usize)).generation())
     }
 
     fn release(&self, handle: &KvHandle) {
-        let (claimed, released) =
-            (Word::Claimed(handle.generation).pack(), Word::Released(handle.generation).pack());
-        // Whatever else it is by now, it is no longer this reader's.
-        let _ = self.words.swap_if(handle.slot as usize, claimed, released);
+        if self.check(handle).is_ok() {
+            release(&self.words, handle.slot, handle.generation);
+        }
     }
 }

@@ -1,0 +1,88 @@
+//! How KV moves between workers, as flags.
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use forebay_workers::kv::{
+    Choice, KvOptions,
+    tcp::{TcpListen, TcpOptions},
+};
+use std::net::{SocketAddr, ToSocketAddrs, UdpSocket};
+
+/// Transports by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    /// Shared memory between workers on one host, `tcp` otherwise.
+    Auto,
+    /// Shared memory only.
+    Shm,
+    /// TCP only, even on one host.
+    Tcp,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct KvArgs {
+    /// How this worker reads KV from others.
+    #[arg(long, env = "FOREBAY_KV_TRANSPORT", value_enum, default_value = "auto", value_name = "TRANSPORT")]
+    kv_transport: Transport,
+    /// Where workers on other hosts read this one's KV. Default: the address by which it reaches NATS, any port.
+    #[arg(long, env = "FOREBAY_KV_LISTEN", value_name = "ADDR:PORT")]
+    kv_listen: Option<SocketAddr>,
+    /// What they are told instead, where addresses are translated on the way.
+    #[arg(long, env = "FOREBAY_KV_ADVERTISE", value_name = "HOST[:PORT]")]
+    kv_advertise: Option<String>,
+    /// Connections that the read of a long prompt uses at once, 1 to 4.
+    #[arg(long, env = "FOREBAY_KV_STREAMS", default_value_t = TcpOptions::default().streams as u32, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=4))]
+    kv_streams: u32,
+}
+
+impl KvArgs {
+    /// `nats` is where the server is: the way there is the way to the other workers, unless told otherwise.
+    pub(crate) fn options(&self, nats: &str) -> anyhow::Result<KvOptions> {
+        let choice = match self.kv_transport {
+            Transport::Auto => Choice::Auto,
+            Transport::Shm => Choice::Shm,
+            Transport::Tcp => Choice::Tcp,
+        };
+        let listen = match (choice, self.kv_listen) {
+            (Choice::Shm, None) => None,
+            (_, Some(address)) => Some(address),
+            (_, None) => Some(address_towards(nats).context("finding an address for --kv-listen")?),
+        };
+        let listen = listen.map(|address| TcpListen { address, advertise: self.kv_advertise.clone() });
+        Ok(KvOptions { choice, listen, tcp: TcpOptions { streams: self.kv_streams as usize } })
+    }
+}
+
+/// This machine's address on the way to a server, with port 0.
+fn address_towards(url: &str) -> anyhow::Result<SocketAddr> {
+    let first = url.split(',').next().unwrap_or_default();
+    let (_, server) = first.split_once("://").unwrap_or(("", first));
+    let server = server.rsplit_once('@').map_or(server, |(_, server)| server).trim_end_matches('/');
+    let server = if has_port(server) { server.to_owned() } else { format!("{server}:4222") };
+    let target = server.to_socket_addrs()?.next().with_context(|| format!("{server} has no address"))?;
+    // Connecting a datagram socket sends nothing, but chooses a way.
+    let any: SocketAddr = if target.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0_u16; 8], 0).into() };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(target)?;
+    let mut address = socket.local_addr()?;
+    address.set_port(0);
+    Ok(address)
+}
+
+fn has_port(server: &str) -> bool {
+    server.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_on_this_machine_is_reached_by_loopback() {
+        for url in ["nats://127.0.0.1:4222", "127.0.0.1", "nats://user:word@127.0.0.1:1,nats://10.0.0.1:4222"]
+        {
+            assert_eq!(address_towards(url).unwrap().to_string(), "127.0.0.1:0", "{url}");
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Which transport leads to which worker.
+
+use super::{
+    read::{ReadError, Transport},
+    shm::{self, ShmPeers},
+    tcp::{TcpListen, TcpOptions, TcpPeers},
+};
+use forebay_schemas::{
+    card::WorkerLease,
+    kv::{KvHandle, LayoutHash},
+};
+use std::sync::Arc;
+
+/// Which transports a worker may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// Shared memory on the same host, `tcp` elsewhere or where that fails.
+    Auto,
+    /// Shared memory only.
+    #[default]
+    Shm,
+    /// TCP only, even on the same host.
+    Tcp,
+}
+
+/// How a worker reads from others, and how others read from it.
+#[derive(Clone, Debug, Default)]
+pub struct KvOptions {
+    /// Which transports it reads over.
+    pub choice: Choice,
+    /// Where it serves reads over TCP, if it does.
+    pub listen: Option<TcpListen>,
+    /// How it reads over TCP.
+    pub tcp: TcpOptions,
+}
+
+/// The peers that this worker can read from.
+#[derive(Debug)]
+pub struct KvPeers {
+    shm: ShmPeers,
+    tcp: TcpPeers,
+    choice: Choice,
+    layout_hash: LayoutHash,
+}
+
+impl KvPeers {
+    /// No peer known yet; all must have this layout hash.
+    pub fn new(layout_hash: LayoutHash, options: &KvOptions) -> KvPeers {
+        let (shm, tcp) = (ShmPeers::default(), TcpPeers::new(options.tcp));
+        KvPeers { shm, tcp, choice: options.choice, layout_hash }
+    }
+
+    /// The transport to the worker that holds a handle's bytes; `lease` is what the registry knows of it.
+    pub fn transport(
+        &self,
+        handle: &KvHandle,
+        lease: Option<&WorkerLease>,
+    ) -> Result<Arc<dyn Transport>, ReadError> {
+        if handle.layout_hash != self.layout_hash {
+            let agent = handle.agent.clone();
+            return Err(ReadError::Layout { agent, expected: self.layout_hash, found: handle.layout_hash });
+        }
+        match self.choice {
+            Choice::Shm => self.shm.peer(handle, lease),
+            Choice::Tcp => self.tcp.peer(handle, lease),
+            Choice::Auto => self.nearest(handle, lease),
+        }
+    }
+
+    fn nearest(
+        &self,
+        handle: &KvHandle,
+        lease: Option<&WorkerLease>,
+    ) -> Result<Arc<dyn Transport>, ReadError> {
+        let elsewhere = lease.is_some_and(|lease| lease.host != shm::host_id());
+        if elsewhere {
+            return self.tcp.peer(handle, lease);
+        }
+        // On this host; or without a lease any more, but its memory may be mapped here.
+        self.shm.peer(handle, lease).or_else(|near| {
+            let far = self.tcp.peer(handle, lease).map_err(|_| near);
+            if far.is_ok() {
+                tracing::debug!(worker = %handle.agent, "no shared memory with it; reading over tcp");
+            }
+            far
+        })
+    }
+}

@@ -1,0 +1,56 @@
+//! What a worker knows of prefixes: into a slot before a prompt is run, and out of it once it was.
+
+use crate::{
+    kv::{Slot, SlotOf},
+    worker::Worker,
+};
+use forebay_schemas::{
+    cache::{BLOCK_TOKENS, BlockHash, block_hashes},
+    lifecycle::Lifecycle,
+};
+use forebay_streams::environment::{self, off_thread};
+use std::sync::Arc;
+
+impl Worker {
+    /// Fills the beginning of a slot with what the prefix cache has of a request's sequence, and returns how many
+    /// positions are filled. At least one token is left to run: what follows is drawn from its logits.
+    pub(crate) async fn load_prefix(self: &Arc<Self>, slot: &Arc<Slot>, state: &Lifecycle) -> u32 {
+        let tokens = state.sequence();
+        let hashes = self.hashes(state, &tokens[..tokens.len() - 1]);
+        if hashes.is_empty() || self.cache.is_off() {
+            return 0;
+        }
+        // Decode steps meanwhile write one position of this slot: not one that is being filled.
+        self.runner.park(slot.index(), tokens.len() as u32).await;
+        let (worker, slot) = (self.clone(), slot.clone());
+        off_thread(move || worker.cache.load(&hashes, worker.slot_of(&slot))).await
+    }
+
+    /// Keeps the blocks of a slot that holds the KV of these tokens of a request.
+    pub(crate) fn store_prefix(
+        self: &Arc<Self>,
+        slot: &Arc<Slot>,
+        state: &Lifecycle,
+        tokens: &[u32],
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let hashes = self.hashes(state, tokens);
+        let (worker, slot) = (self.clone(), slot.clone());
+        off_thread(move || worker.cache.store(&hashes, worker.slot_of(&slot)))
+    }
+
+    /// The same beside what goes on. The slot is in use until it is done.
+    pub(crate) fn store_prefix_soon(self: &Arc<Self>, slot: &Arc<Slot>, state: &Lifecycle, tokens: &[u32]) {
+        if tokens.len() >= BLOCK_TOKENS as usize && !self.cache.is_off() {
+            environment::spawn(self.store_prefix(slot, state, tokens));
+        }
+    }
+
+    fn hashes(&self, state: &Lifecycle, tokens: &[u32]) -> Vec<BlockHash> {
+        let fits = tokens.len().min(self.runner.card().context_limit as usize);
+        block_hashes(self.model.layout_hash, state.accepted.cache_salt.as_deref(), &tokens[..fits])
+    }
+
+    fn slot_of<'a>(&'a self, slot: &Slot) -> SlotOf<'a> {
+        SlotOf { region: self.runner.kv(), layout: &self.runner.card().layout, slot: slot.index() }
+    }
+}
