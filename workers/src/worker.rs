@@ -4,7 +4,8 @@ use crate::{
     decode,
     engine::{Engine, EngineCard},
     kv::{
-        BlockCache, KvOptions, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, shm, sums,
+        BlockCache, KvOptions, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, publish, shm,
+        sums,
         tcp::{TcpListen, TcpOwner},
     },
     prefill,
@@ -263,6 +264,7 @@ pub async fn run(
     background.spawn(in_process(worker.clone().keep_budget()));
     if worker.config.role == Role::Decode {
         background.spawn(in_process(decode::watch_queue(worker.clone())));
+        background.spawn(in_process(worker.clone().tell_of_cache()));
     }
     let outcome = tokio::select! {
         biased;
@@ -275,7 +277,7 @@ pub async fn run(
     if !matches!(resigned, Ok(Ok(()))) {
         tracing::debug!("the lease will lapse by itself");
     }
-    worker.close_own().await;
+    worker.bow_out().await;
     outcome
 }
 
@@ -330,14 +332,24 @@ impl Worker {
         }
     }
 
-    /// Leaves what is in this worker's own queue to others.
-    async fn close_own(&self) {
+    /// Tells routers what is in the prefix cache, if anything ever is.
+    async fn tell_of_cache(self: Arc<Self>) {
+        if !self.cache.is_off() {
+            let events = self.streams.cache_events.clone();
+            publish(events, self.owner(), self.incarnation, self.cache.clone()).await;
+        }
+    }
+
+    /// Leaves what is in this worker's own queue to others, and takes back what was told of its cache.
+    async fn bow_out(&self) {
         if self.config.role != Role::Decode {
             return;
         }
         let owner = self.owner();
         let closed = self.streams.own_queues.close(&owner);
-        if !matches!(tokio::time::timeout(RESIGN_MAX, closed).await, Ok(Ok(_))) {
+        let forgotten = self.streams.cache_events.forget(&owner);
+        let both = async { (closed.await, forgotten.await) };
+        if !matches!(tokio::time::timeout(RESIGN_MAX, both).await, Ok((Ok(_), Ok(())))) {
             tracing::debug!("the own queue is left to the gateways");
         }
     }
