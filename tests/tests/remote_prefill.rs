@@ -17,7 +17,9 @@ fn names(events: &[Recorded]) -> Vec<&'static str> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn remote_prefill_changes_no_token() {
-    let deployment = Deployment::start().await;
+    let mut deployment = Deployment::start().await;
+    // Every prompt in full, although they begin alike.
+    deployment.set("FOREBAY_CACHE_GIB", "0");
     let (mut decode, _prefill) = tokio::join!(deployment.decode(), deployment.prefill());
     let gateway = deployment.gateway(&[]).await;
     let remote = python::run("recall.py", &gateway.url, &[SEED]).await;

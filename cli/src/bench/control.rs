@@ -78,7 +78,7 @@ fn throughput(args: &ControlArgs, concurrency: &[usize], step_us: &str) -> anyho
 fn load(deployment: &Deployment, clients: usize, requests: u64, tokens: u32) -> Load {
     Load {
         url: format!("http://{}", deployment.address),
-        model: "demo".into(),
+        model: super::processes::MODEL.into(),
         clients,
         requests,
         words: 16,

@@ -3,9 +3,13 @@
 mod control;
 mod engine;
 mod http;
+mod interference;
 mod kv;
+mod overlap;
+mod prefix;
 mod processes;
 mod serve;
+mod stream;
 
 use crate::config::init_logging;
 use clap::{Args, Subcommand};
@@ -28,6 +32,12 @@ enum What {
     Serve(serve::ServeArgs),
     /// Reading KV from another worker, against a plain copy.
     Kv(kv::KvArgs),
+    /// How long a request waits for its KV after its prefill, with the KV read meanwhile and afterwards.
+    Overlap(overlap::OverlapArgs),
+    /// The first token of a prompt that was seen before, against the first time.
+    Prefix(prefix::PrefixArgs),
+    /// What long prompts do to the pace of running answers: prefill and decode workers against workers that do both.
+    Interference(interference::InterferenceArgs),
     /// All of these but `http`, one after another.
     All(engine::EngineBenchArgs),
 }
@@ -40,11 +50,17 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
         What::Engine(args) => engine::run(&args),
         What::Serve(args) => serve::run(&args),
         What::Kv(args) => kv::run(&args),
+        What::Overlap(args) => overlap::run(&args),
+        What::Prefix(args) => prefix::run(&args),
+        What::Interference(args) => interference::run(&args),
         What::All(args) => {
             control::run(&control::ControlArgs::default())?;
             kv::run(&kv::KvArgs::default())?;
             engine::run(&args)?;
-            serve::run(&serve::ServeArgs::like(&args))
+            serve::run(&serve::ServeArgs::like(&args))?;
+            overlap::run(&overlap::OverlapArgs::default())?;
+            prefix::run(&prefix::PrefixArgs::default())?;
+            interference::run(&interference::InterferenceArgs::default())
         }
     }
 }

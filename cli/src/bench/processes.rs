@@ -1,13 +1,20 @@
 //! A `forebay up` to measure, and what its processes use.
 
 use anyhow::{Context, bail};
-use forebay_streams::server::free_port;
+use forebay_streams::{
+    Streams,
+    jetstream::{self, Limits, Options},
+    server::free_port,
+};
 use std::{
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
+
+/// What clients call the model that is measured.
+pub(super) const MODEL: &str = "bench";
 
 /// A deployment on free ports, stopped when dropped.
 pub(super) struct Deployment {
@@ -35,7 +42,7 @@ impl Deployment {
             command.env_remove(name);
         }
         let up = command
-            .args(["up", "--nats-port", "0", "--listen", &address.to_string(), "--data"])
+            .args(["up", "--name", MODEL, "--nats-port", "0", "--listen", &address.to_string(), "--data"])
             .arg(&folder)
             .args(arguments)
             .stdin(Stdio::null())
@@ -62,6 +69,21 @@ impl Deployment {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// A connection to its NATS server, to read what its log says.
+    pub(super) async fn streams(&self) -> anyhow::Result<Streams> {
+        let log = std::fs::read_to_string(self.folder.join("up.log"))?;
+        let url =
+            log.split_whitespace().find(|word| word.starts_with("nats://")).context("no NATS server")?;
+        let options = Options {
+            url: url.to_owned(),
+            name: "forebay bench".into(),
+            inbox_prefix: "_INBOX_fb_bench".into(),
+            credentials: None,
+            limits: Limits::default(),
+        };
+        Ok(jetstream::connect(options).await?)
     }
 
     /// What its processes have used: (name, used), in a fixed order.

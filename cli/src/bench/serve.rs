@@ -59,8 +59,6 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let deployment = Deployment::start(&[
         "--model",
         &model,
-        "--name",
-        "bench",
         "--weights",
         "int4",
         "--block",
@@ -79,7 +77,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<()> {
     for clients in &args.concurrency {
         let load = Load {
             url: format!("http://{}", deployment.address),
-            model: "bench".into(),
+            model: super::processes::MODEL.into(),
             clients: *clients,
             requests: args.requests,
             words: args.words,

@@ -152,6 +152,8 @@ impl Attempt<'_> {
         release(self.worker, writer.state());
         // A prefill that completed in the moment that it was given up has drawn a token all the same.
         self.take_tokens(writer.state(), output);
+        // All of the KV may be here, and not the token that follows: the last one is run once more for its logits.
+        let filled = filled.min(writer.state().sequence().len() as u32 - 1);
         Ok(output.finish().map_or(Start::Filled { filled, cached }, Start::Finished))
     }
 

@@ -166,7 +166,9 @@ impl<T: Deref<Target: Transport>> KvRead<T> {
 
 impl<T: Deref<Target: Transport>> Drop for KvRead<T> {
     fn drop(&mut self) {
-        pause();
+        if !std::thread::panicking() {
+            pause();
+        }
         self.transport.release(&self.claimed);
     }
 }
