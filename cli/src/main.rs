@@ -14,6 +14,7 @@ mod log;
 mod model;
 mod replay;
 mod request;
+mod route;
 mod settings;
 mod show;
 mod tail;
@@ -58,6 +59,8 @@ enum Command {
     Import(export::ImportArgs),
     /// Go through a request again: its state at any event, or its tokens on an engine here.
     Replay(replay::ReplayArgs),
+    /// Show where a prompt would go now, and why.
+    Route(route::RouteArgs),
     /// End a request.
     Cancel(cancel::CancelArgs),
     /// Look at requests that no worker could do, and try them again.
@@ -97,6 +100,7 @@ fn run(command: Command, settings: Vec<(String, String)>) -> anyhow::Result<()> 
         Command::Export(args) => export::run(&args),
         Command::Import(args) => export::import(&args),
         Command::Replay(args) => replay::run(args),
+        Command::Route(args) => route::run(&args),
         Command::Cancel(args) => cancel::run(&args),
         Command::Dlq(args) => dlq::run(&args),
         Command::Config(args) => settings::run(&args),
