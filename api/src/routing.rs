@@ -122,8 +122,10 @@ impl Routing {
 
     /// Takes note of an event of a request that this gateway answers: who has claimed one shows so in its lease soon.
     pub(crate) fn observe(&self, event: &Event) {
-        if let Body::Claimed(_) = event.body {
-            self.just_routed().claimed(event.request, Instant::now());
+        match &event.body {
+            Body::Claimed(_) => self.just_routed().claimed(event.request, Instant::now()),
+            body if body.is_terminal() => self.just_routed().ended(event.request),
+            _ => {}
         }
     }
 

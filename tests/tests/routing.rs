@@ -4,14 +4,17 @@ use forebay_schemas::{event::Body, ids::WorkerId, lifecycle::Lifecycle, task::Ro
 use forebay_tests::{Answer, Chat, Deployment, Gateway, Worker, soon};
 use rustix::process::Signal;
 use serde_json::Value;
-use std::time::Duration;
+use std::{sync::LazyLock, time::Duration};
 
-/// Words enough for several blocks.
-const LONG: &str = "A river runs from a spring to the sea. Where it is held back, there is a lake; where it falls, there is \
-                    power. Tell me in a sentence or two what a forebay is, and what it is good for.";
+/// Words enough for many blocks: to compute them again costs more than a few sequences beside them.
+static LONG: LazyLock<String> = LazyLock::new(|| {
+    let text = "A river runs from a spring to the sea. Where it is held back, there is a lake; where it falls, there \
+                is power. Tell me in a sentence or two what a forebay is, and what it is good for. ";
+    text.repeat(4)
+});
 
 fn chat(seed: u64) -> Chat {
-    Chat::new(LONG).tokens(8).seed(seed)
+    Chat::new(&LONG).tokens(8).seed(seed)
 }
 
 async fn ask(deployment: &Deployment, gateway: &Gateway, chat: &Chat) -> (Answer, Lifecycle) {
@@ -37,7 +40,7 @@ async fn with_prefix(step: Duration) -> (Deployment, Gateway, [Worker; 2]) {
 
 /// Where the prompt would go now.
 async fn explained(deployment: &Deployment) -> Value {
-    let output = deployment.run(&["route", "--explain", LONG, "--json"]).await;
+    let output = deployment.run(&["route", "--explain", &LONG, "--json"]).await;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).expect("JSON")
 }

@@ -27,6 +27,11 @@ impl JustRouted {
         }
     }
 
+    /// It has ended.
+    pub(super) fn ended(&mut self, request: RequestId) {
+        self.0.remove(&request);
+    }
+
     /// How many each worker was given. Those that count no longer are forgotten.
     pub(super) fn by_worker(&mut self, now: Instant) -> BTreeMap<WorkerId, u32> {
         self.0.retain(|_, (_, until)| *until > now);
@@ -53,6 +58,9 @@ mod tests {
         routed.claimed(one, now);
         assert_eq!(routed.by_worker(now + SHOWN_AFTER), BTreeMap::from([(worker, 1)]));
         routed.claimed(one, now + SHOWN_AFTER);
+        let three = RequestId::new();
+        routed.add(three, WorkerId::new("b").unwrap(), now + SHOWN_AFTER);
+        routed.ended(three);
         assert_eq!(routed.by_worker(now + UNCLAIMED_MAX), BTreeMap::new());
         assert!(routed.0.is_empty());
     }
