@@ -10,7 +10,7 @@ use crate::{
 };
 use forebay_schemas::{
     event::{FailureCode, RequestAccepted},
-    ids::{ModelKey, RequestId},
+    ids::RequestId,
     lifecycle::Phase,
     openai::ChatRequest,
 };
@@ -106,8 +106,7 @@ async fn again(gateway: &Arc<Shared>, known: Opened, fingerprint: &str) -> Resul
     }
     // Perhaps its gateway died before it could.
     if known.state.phase == Phase::Queued && known.state.attempt == 0 {
-        let model = ModelKey::of(&known.accepted().model);
-        queue(gateway, &known.log, model).await.map_err(|error| ApiError::from(&error))?;
+        queue(gateway, &known.log, known.accepted()).await.map_err(|error| ApiError::from(&error))?;
     }
     Running::attach(gateway, known).await
 }

@@ -65,27 +65,34 @@ fn add_up<'a>(
     }
 }
 
+/// The lease of an idle decode worker.
+#[cfg(test)]
+pub(crate) fn decode_lease(worker: forebay_schemas::ids::WorkerId) -> WorkerLease {
+    WorkerLease {
+        worker,
+        incarnation: 1,
+        role: Role::Decode,
+        model: ModelKey::of("m"),
+        layout_hash: forebay_schemas::kv::LayoutHash(1),
+        slots: 4,
+        free_slots: 4,
+        host: String::new(),
+        kv_socket: String::new(),
+        kv_tcp: None,
+        active_tokens: 0,
+        draining: false,
+        kv_leases: 0,
+        own_queue: true,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use forebay_schemas::{ids::WorkerId, kv::LayoutHash};
+    use forebay_schemas::ids::WorkerId;
 
     fn lease(name: &str, role: Role, free_slots: u32, kv_leases: u32) -> WorkerLease {
-        WorkerLease {
-            worker: WorkerId::new(name).unwrap(),
-            incarnation: 1,
-            role,
-            model: ModelKey::of("m"),
-            layout_hash: LayoutHash(1),
-            slots: 4,
-            free_slots,
-            host: String::new(),
-            kv_socket: String::new(),
-            kv_tcp: None,
-            active_tokens: 0,
-            draining: false,
-            kv_leases,
-        }
+        WorkerLease { role, free_slots, kv_leases, ..decode_lease(WorkerId::new(name).unwrap()) }
     }
 
     #[test]

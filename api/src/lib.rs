@@ -13,12 +13,14 @@ mod error;
 mod fleet;
 mod health;
 mod identity;
+mod left_behind;
 mod meters;
 mod models;
 mod query;
 mod responses;
 mod room;
 mod router;
+pub mod routing;
 mod running;
 mod serve;
 mod sse;
@@ -33,6 +35,7 @@ use forebay_streams::{StreamError, Streams, environment::in_process, follow::Hub
 use health::Reachable;
 use models::Models;
 use room::Room;
+use routing::{Routing, RoutingMode};
 use std::{sync::Arc, time::Duration};
 use tokio::task::JoinSet;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -55,6 +58,8 @@ pub struct GatewayConfig {
     pub keep_alive: Duration,
     /// How long running requests may take to finish once the gateway is told to stop.
     pub grace: Duration,
+    /// How workers are chosen.
+    pub routing: RoutingMode,
 }
 
 impl Default for GatewayConfig {
@@ -67,6 +72,7 @@ impl Default for GatewayConfig {
             body_bytes_max: 4 << 20,
             keep_alive: Duration::from_secs(15),
             grace: Duration::from_secs(30),
+            routing: RoutingMode::Kv,
         }
     }
 }
@@ -86,6 +92,7 @@ pub(crate) struct Shared {
     /// Workers that have this gateway's requests.
     watch: Arc<Watch>,
     models: Arc<Models>,
+    routing: Arc<Routing>,
     admission: Admission,
     room: Room,
     fleet: Fleet,
@@ -107,15 +114,23 @@ impl Gateway {
         }
         let watch = Arc::new(Watch::new(streams.registry.lease_time()));
         let watching = watch.clone();
-        let observe = move |live: &Live| watching.observe(&live.recorded.event);
+        let routing = Arc::new(Routing::start(&streams, config.routing).await?);
+        let routed = routing.clone();
+        let observe = move |live: &Live| {
+            watching.observe(&live.recorded.event);
+            routed.observe(&live.recorded.event);
+        };
         let hub = Hub::start(streams.log.clone(), config.gateway.clone(), observe).await?;
         let models = Arc::new(Models::follow(streams.catalog.clone()).await?);
         let mut background = JoinSet::new();
         let (watching, gateway) = (Arc::downgrade(&watch), config.gateway.clone());
         background.spawn(in_process(watch::watch_over(watching, streams.clone(), gateway)));
         background.spawn(in_process(dead_letters::settle(streams.clone())));
+        let workers = streams.registry.workers().await?;
+        background.spawn(in_process(left_behind::sweep(streams.clone(), workers)));
         let shared = Arc::new(Shared {
             watch,
+            routing,
             admission: Admission::new(config.in_flight_max),
             room: Room::default(),
             fleet: Fleet::follow(streams.registry.as_ref()).await?,

@@ -1,7 +1,7 @@
 //! What the gateway measures, in Prometheus' terms. Handles are made once for each model: a token costs a few
 //! atomic operations here.
 
-use crate::fleet;
+use crate::{fleet, routing::Route};
 use metrics::{Counter, Histogram, counter, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{
@@ -13,6 +13,8 @@ const TTFT: &str = "forebay_time_to_first_token_seconds";
 const ITL: &str = "forebay_inter_token_seconds";
 const PROMPT_TOKENS: &str = "forebay_prompt_tokens_total";
 const COMPLETION_TOKENS: &str = "forebay_completion_tokens_total";
+const ROUTED: &str = "forebay_routed_total";
+const HIT_BLOCKS: &str = "forebay_routed_hit_blocks_total";
 const REQUESTS: &str = "forebay_requests_total";
 pub(crate) const IN_FLIGHT: &str = "forebay_requests_in_flight";
 pub(crate) const FOLLOWED: &str = "forebay_followed_logs";
@@ -45,6 +47,8 @@ fn install() -> Result<PrometheusHandle, BuildError> {
     metrics::describe_counter!(PROMPT_TOKENS, "tokens of prompts");
     metrics::describe_counter!(COMPLETION_TOKENS, "tokens generated");
     metrics::describe_counter!(REQUESTS, "answered requests, by endpoint and status");
+    metrics::describe_counter!(ROUTED, "requests queued, by model, and for one worker or for any");
+    metrics::describe_counter!(HIT_BLOCKS, "blocks of prompts that the chosen workers had, by model");
     metrics::describe_gauge!(IN_FLIGHT, "requests under way");
     metrics::describe_gauge!(FOLLOWED, "logs being followed");
     metrics::describe_gauge!(fleet::WORKERS, "workers with a lease, by role and model");
@@ -66,6 +70,13 @@ pub(crate) async fn upkeep() {
 /// Counts an answered request.
 pub(crate) fn answered(endpoint: &str, status: u16) {
     counter!(REQUESTS, "endpoint" => endpoint.to_owned(), "status" => status.to_string()).increment(1);
+}
+
+/// Counts where a request was queued.
+pub(crate) fn routed(model: &str, route: &Route) {
+    let to = if route.worker.is_some() { "worker" } else { "any" };
+    counter!(ROUTED, "model" => model.to_owned(), "to" => to).increment(1);
+    counter!(HIT_BLOCKS, "model" => model.to_owned()).increment(route.hit_blocks.into());
 }
 
 /// The meters of one model.

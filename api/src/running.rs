@@ -8,7 +8,7 @@ use crate::{
     Shared,
     admission::Permit,
     error::{ApiError, ErrorCode},
-    meters::RequestMeter,
+    meters::{self, RequestMeter},
     models::Model,
     watch::Watch,
 };
@@ -22,6 +22,7 @@ use forebay_streams::{
     environment::now_us,
     follow::Follow,
     log::{AppendError, LogRef, Recorded},
+    own_queues::enqueue_to,
     tasks::{EnqueueError, enqueue},
     writer::LogWriter,
 };
@@ -130,7 +131,7 @@ impl Running {
                 return Err(NotStarted::Refused(ApiError::from(&error)));
             }
         };
-        if let Err(error) = queue(gateway, writer.log(), model.card.key.clone()).await {
+        if let Err(error) = queue(gateway, writer.log(), &writer.state().accepted).await {
             let failed = RequestFailed { code: FailureCode::QueueUnavailable, message: error.to_string() };
             match writer.append(Body::RequestFailed(failed)).await {
                 Ok(()) => keeper.ended(),
@@ -246,10 +247,24 @@ impl Running {
     }
 }
 
-/// Queues the task of a request. Twice does no harm.
-pub(crate) async fn queue(gateway: &Shared, log: &LogRef, model: ModelKey) -> Result<(), EnqueueError> {
+/// Queues the task of a request, for the worker that can answer it soonest or for all. Twice does no harm.
+pub(crate) async fn queue(
+    gateway: &Shared,
+    log: &LogRef,
+    accepted: &RequestAccepted,
+) -> Result<(), EnqueueError> {
+    let model = ModelKey::of(&accepted.model);
+    // A model that has no card any more may still have workers.
+    let route = gateway.models.card(&accepted.model).ok().map(|card| {
+        let route = gateway.routing.route(log.request, &card, accepted);
+        meters::routed(&accepted.model, &route);
+        route
+    });
     let task = DecodeTask { request: log.request, gateway: log.gateway.clone(), model };
-    let queued = enqueue(gateway.streams.tasks.as_ref(), &task).await;
+    let queued = match route.and_then(|route| route.worker) {
+        Some(worker) => enqueue_to(gateway.streams.own_queues.as_ref(), &worker, &task).await,
+        None => enqueue(gateway.streams.tasks.as_ref(), &task).await,
+    };
     if let Err(EnqueueError::Full { .. }) = queued {
         gateway.room.is_full();
     }

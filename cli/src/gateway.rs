@@ -1,9 +1,9 @@
 //! `forebay gateway`.
 
-use crate::config::{NatsArgs, end_with_parent, init_logging, runtime, told_to_stop};
+use crate::config::{NatsArgs, RegistryArgs, end_with_parent, init_logging, runtime, told_to_stop};
 use anyhow::Context;
 use clap::Args;
-use forebay_api::{Gateway, GatewayConfig};
+use forebay_api::{Gateway, GatewayConfig, routing::RoutingMode};
 use forebay_schemas::ids::GatewayId;
 use std::{net::SocketAddr, time::Duration};
 use tokio::net::TcpListener;
@@ -20,12 +20,17 @@ pub(crate) struct HttpArgs {
     /// Requests under way at once; more are refused with 429.
     #[arg(long, env = "FOREBAY_IN_FLIGHT_MAX", default_value_t = 1024, value_name = "REQUESTS")]
     in_flight_max: usize,
+    /// How workers are chosen: `kv`, `any`, or `round-robin`. For comparisons.
+    #[arg(long, env = "FOREBAY_ROUTING", default_value = "kv", value_name = "HOW", hide = true)]
+    routing: RoutingMode,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct GatewayArgs {
     #[command(flatten)]
     nats: NatsArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
     #[command(flatten)]
     http: HttpArgs,
     /// Name in log subjects; drawn if not given. No two running gateways may share one.
@@ -56,9 +61,11 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
             request_timeout: Duration::from_secs(args.http.request_timeout_s),
             in_flight_max: args.http.in_flight_max,
             grace: Duration::from_secs(args.grace_s),
+            routing: args.http.routing,
             ..GatewayConfig::default()
         };
         let streams = args.nats.connect("gateway", config.gateway.as_str()).await?;
+        let streams = args.registry.apply(streams).await?;
         let gateway = Gateway::start(streams, config).await?;
         listener.set_nonblocking(true)?;
         let listener = TcpListener::from_std(listener)?;

@@ -14,6 +14,8 @@ mod log;
 mod model;
 mod replay;
 mod request;
+mod route;
+mod settings;
 mod show;
 mod tail;
 mod up;
@@ -57,10 +59,14 @@ enum Command {
     Import(export::ImportArgs),
     /// Go through a request again: its state at any event, or its tokens on an engine here.
     Replay(replay::ReplayArgs),
+    /// Show where a prompt would go now, and why.
+    Route(route::RouteArgs),
     /// End a request.
     Cancel(cancel::CancelArgs),
     /// Look at requests that no worker could do, and try them again.
     Dlq(dlq::DlqArgs),
+    /// Look at live settings, and change them for everything that runs.
+    Config(settings::ConfigArgs),
     /// Check this machine, the NATS server and a model, and say what to do about problems.
     Doctor(doctor::DoctorArgs),
     /// Measure: the control plane, the engine, KV reads, or any OpenAI-compatible server.
@@ -94,8 +100,10 @@ fn run(command: Command, settings: Vec<(String, String)>) -> anyhow::Result<()> 
         Command::Export(args) => export::run(&args),
         Command::Import(args) => export::import(&args),
         Command::Replay(args) => replay::run(args),
+        Command::Route(args) => route::run(&args),
         Command::Cancel(args) => cancel::run(&args),
         Command::Dlq(args) => dlq::run(&args),
+        Command::Config(args) => settings::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(args),
     }

@@ -90,6 +90,9 @@ pub struct WorkerLease {
     /// Slots whose KV is sealed for others and not released yet.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub kv_leases: u32,
+    /// It takes tasks from a queue of its own too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own_queue: bool,
 }
 
 /// By reference: what serde asks for.

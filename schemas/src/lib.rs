@@ -5,6 +5,7 @@
 //! Read in the order of a request's life: [`ids`], [`event`], [`lifecycle`], [`task`], [`kv`].
 
 pub mod cache;
+pub mod cache_event;
 pub mod card;
 pub mod config;
 pub mod dead_letter;

@@ -5,6 +5,8 @@
 //! writes the files that are missing and never touches one that is there.
 
 use forebay_schemas::{
+    cache::BlockHash,
+    cache_event::{CacheChange, CacheEvent},
     card::{BlobRef, ModelCard, SamplingDefaults, WorkerLease},
     event::{
         Body, Claimed, EngineRef, Event, FailureCode, FinishReason, KvLost, KvReady, KvTransferred,
@@ -238,6 +240,7 @@ fn frozen_registry_entries_decode_and_encode() {
         active_tokens: 0,
         draining: false,
         kv_leases: 0,
+        own_queue: false,
     };
     let text = golden("ModelCard.json", || json(&card));
     assert_eq!(serde_json::from_str::<ModelCard>(&text).unwrap(), card);
@@ -245,6 +248,27 @@ fn frozen_registry_entries_decode_and_encode() {
     let text = golden("WorkerLease.json", || json(&lease));
     assert_eq!(serde_json::from_str::<WorkerLease>(&text).unwrap(), lease);
     assert_eq!(json(&lease), text);
+}
+
+#[test]
+fn frozen_cache_events() {
+    let blocks = || vec![BlockHash::from_bytes([7; 16]), BlockHash::from_bytes(*b"sixteen bytes, 2")];
+    let changes = [
+        ("Stored", CacheChange::Stored { blocks: blocks() }),
+        ("Removed", CacheChange::Removed { blocks: blocks() }),
+        ("Snapshot", CacheChange::Snapshot { blocks: blocks(), part: 1, parts: 3 }),
+    ];
+    for (name, change) in changes {
+        let event = CacheEvent {
+            worker: worker("decode-0a1b2c3d"),
+            incarnation: 1_764_000_000_123_456,
+            number: 41,
+            change,
+        };
+        let text = golden(&format!("CacheEvent.{name}.hex"), || hex(&event.encode()));
+        assert_eq!(CacheEvent::decode(&unhex(&text)).unwrap(), event);
+        assert_eq!(hex(&event.encode()), text);
+    }
 }
 
 /// Names of values inside of events are as permanent as names of events.

@@ -6,6 +6,7 @@
 //! the fence, and append what happens; [`catalog::Catalog`] says which models there
 //! are, [`registry::Registry`] which workers, and [`settings::SettingsStore`] how they should behave now.
 
+pub mod cache_events;
 pub mod cancel;
 pub mod catalog;
 pub mod dead_letters;
@@ -15,6 +16,7 @@ pub mod follow;
 pub mod jetstream;
 pub mod log;
 pub mod memory;
+pub mod own_queues;
 pub mod registry;
 pub mod server;
 pub mod settings;
@@ -30,6 +32,10 @@ pub struct Streams {
     pub log: Arc<dyn log::EventLog>,
     /// Queues of tasks.
     pub tasks: Arc<dyn tasks::Tasks>,
+    /// Queues of single decode workers.
+    pub own_queues: Arc<dyn own_queues::OwnQueues>,
+    /// What workers say of their prefix caches.
+    pub cache_events: Arc<dyn cache_events::CacheEvents>,
     /// Tasks that nobody could do.
     pub dead_letters: Arc<dyn dead_letters::DeadLetters>,
     /// Models.

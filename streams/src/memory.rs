@@ -1,5 +1,7 @@
 //! All of it in one process's memory: for simulation, and for tests that need no server.
 
+mod cache_events;
+mod own_queues;
 mod registry;
 
 use crate::{
@@ -7,6 +9,7 @@ use crate::{
     catalog::Models,
     dead_letters::{DeadLetters, Receipt, Spent},
     log::{AppendError, EventLog, Live, LogRef, Recorded},
+    own_queues::Owner,
     settings::Values,
     tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
 };
@@ -71,6 +74,8 @@ pub fn streams_with(limits: Limits) -> Streams {
     Streams {
         log: memory.clone(),
         tasks: memory.clone(),
+        own_queues: memory.clone(),
+        cache_events: memory.clone(),
         dead_letters: memory.clone(),
         catalog: memory.clone(),
         registry: memory.clone(),
@@ -83,6 +88,7 @@ struct Memory {
     state: Mutex<State>,
     live: broadcast::Sender<Live>,
     signals: broadcast::Sender<(WorkerId, CancelSignal)>,
+    cache_signs: broadcast::Sender<()>,
     /// Workers that hear signals, and how many of their streams do.
     listening: Arc<Mutex<BTreeMap<WorkerId, usize>>>,
     /// Something was queued or became due again.
@@ -96,14 +102,32 @@ struct Memory {
 struct State {
     seq: u64,
     logs: BTreeMap<LogRef, Vec<Recorded>>,
-    queues: BTreeMap<(Role, ModelKey), Queue>,
+    queues: BTreeMap<Line, Queue>,
+    /// Workers' own queues that may be pulled from.
+    open: BTreeSet<Owner>,
     /// Every id that a task was published under.
     published: BTreeSet<String>,
     deliveries: u64,
     blobs: BTreeMap<String, Bytes>,
     letters: Vec<DeadLetter>,
+    cache: cache_events::CacheLog,
     /// Tasks that were delivered as often as they may be, and when somebody may find them (again).
     spent: BTreeMap<u64, (Spent, Instant)>,
+}
+
+/// Names a queue.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Line {
+    role: Role,
+    model: ModelKey,
+    /// Whose own queue it is; none: all workers'.
+    of: Option<WorkerId>,
+}
+
+impl Line {
+    fn shared(role: Role, model: &ModelKey) -> Line {
+        Line { role, model: model.clone(), of: None }
+    }
 }
 
 #[derive(Default)]
@@ -133,6 +157,7 @@ impl Memory {
             state: Mutex::default(),
             live: broadcast::channel(LIVE_MAX).0,
             signals: broadcast::channel(LIVE_MAX).0,
+            cache_signs: broadcast::channel(LIVE_MAX).0,
             listening: Arc::default(),
             work: Notify::new(),
             models: Published::default(),
@@ -150,12 +175,12 @@ impl Memory {
     }
 
     /// Takes a task that waits, or puts back those whose time is up and tells when the next one's is.
-    fn take(&self, role: Role, model: &ModelKey) -> Result<Delivery, Option<Instant>> {
+    fn take(&self, line: &Line) -> Result<Delivery, Option<Instant>> {
         let mut state = self.state();
         state.deliveries += 1;
         let number = state.deliveries;
         let State { queues, spent, deliveries: numbers, .. } = &mut *state;
-        let queue = queues.entry((role, model.clone())).or_default();
+        let queue = queues.entry(line.clone()).or_default();
         let now = Instant::now();
         let late: Vec<u64> =
             queue.delivered.iter().filter(|(_, (_, until))| *until <= now).map(|(key, _)| *key).collect();
@@ -171,7 +196,7 @@ impl Memory {
                 *numbers += 1;
                 let receipt = Receipt { ack_subject: String::new(), seq: *numbers };
                 let (payload, deliveries) = (task.payload, task.deliveries);
-                spent.insert(*numbers, (Spent { role, payload, deliveries, receipt }, now));
+                spent.insert(*numbers, (Spent { role: line.role, payload, deliveries, receipt }, now));
                 self.work.notify_waiters();
                 continue;
             }
@@ -186,6 +211,40 @@ impl Memory {
         }
         let delivered = queue.delivered.values().map(|(_, until)| *until);
         Err(delivered.chain(queue.waiting.iter().map(|(_, until)| *until)).min())
+    }
+}
+
+impl Memory {
+    fn queue(&self, line: Line, dedup_id: &str, payload: Bytes) -> Result<(), EnqueueError> {
+        let mut state = self.state();
+        if state.published.contains(dedup_id) {
+            return Ok(());
+        }
+        let queue = state.queues.entry(line.clone()).or_default();
+        if queue.len() >= self.limits.queue_max {
+            return Err(EnqueueError::Full { role: line.role, model: line.model });
+        }
+        queue.pending.push_back(Queued { payload, deliveries: 0 });
+        state.published.insert(dedup_id.to_owned());
+        drop(state);
+        self.work.notify_waiters();
+        Ok(())
+    }
+
+    async fn wait_for(&self, line: &Line, wait: Duration) -> Option<Delivery> {
+        let deadline = Instant::now() + wait;
+        loop {
+            let queued = self.work.notified();
+            let next_due = match self.take(line) {
+                Ok(delivery) => return Some(delivery),
+                Err(next_due) => next_due,
+            };
+            let until = next_due.unwrap_or(deadline).min(deadline);
+            let woken = tokio::time::timeout_at(until, queued).await.is_ok();
+            if !woken && until == deadline {
+                return None;
+            }
+        }
     }
 }
 
@@ -346,19 +405,7 @@ impl Tasks for Memory {
         dedup_id: &str,
         payload: Bytes,
     ) -> Result<(), EnqueueError> {
-        let mut state = self.state();
-        if state.published.contains(dedup_id) {
-            return Ok(());
-        }
-        let queue = state.queues.entry((role, model.clone())).or_default();
-        if queue.len() >= self.limits.queue_max {
-            return Err(EnqueueError::Full { role, model: model.clone() });
-        }
-        queue.pending.push_back(Queued { payload, deliveries: 0 });
-        state.published.insert(dedup_id.to_owned());
-        drop(state);
-        self.work.notify_waiters();
-        Ok(())
+        self.queue(Line::shared(role, model), dedup_id, payload)
     }
 
     async fn pull(
@@ -367,19 +414,7 @@ impl Tasks for Memory {
         model: &ModelKey,
         wait: Duration,
     ) -> Result<Option<Delivery>, StreamError> {
-        let deadline = Instant::now() + wait;
-        loop {
-            let queued = self.work.notified();
-            let next_due = match self.take(role, model) {
-                Ok(delivery) => return Ok(Some(delivery)),
-                Err(next_due) => next_due,
-            };
-            let until = next_due.unwrap_or(deadline).min(deadline);
-            let woken = tokio::time::timeout_at(until, queued).await.is_ok();
-            if !woken && until == deadline {
-                return Ok(None);
-            }
-        }
+        Ok(self.wait_for(&Line::shared(role, model), wait).await)
     }
 
     async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
@@ -387,7 +422,8 @@ impl Tasks for Memory {
         let Some(number) = ack_subject.strip_prefix(ACK).and_then(|number| number.parse().ok()) else {
             return Ok(());
         };
-        for queue in state.queues.values_mut() {
+        let mut moved = None;
+        for (line, queue) in &mut state.queues {
             if verdict == Verdict::Progress {
                 if let Some((_, until)) = queue.delivered.get_mut(&number) {
                     *until = Instant::now() + self.limits.ack_wait;
@@ -396,10 +432,16 @@ impl Tasks for Memory {
             }
             let Some((task, _)) = queue.delivered.remove(&number) else { continue };
             match verdict {
+                Verdict::Nak | Verdict::Later(_) if line.of.is_some() => {
+                    moved = Some((line.role, line.model.clone(), task));
+                }
                 Verdict::Nak => queue.pending.push_front(task),
                 Verdict::Later(delay) => queue.waiting.push((task, Instant::now() + delay)),
                 Verdict::Ack | Verdict::Progress => {}
             }
+        }
+        if let Some((role, model, task)) = moved {
+            state.move_to_shared(role, &model, task);
         }
         drop(state);
         self.work.notify_waiters();
@@ -416,7 +458,7 @@ impl Tasks for Memory {
 
     async fn depth(&self, role: Role, model: &ModelKey) -> Result<Depth, StreamError> {
         let state = self.state();
-        Ok(state.queues.get(&(role, model.clone())).map_or(Depth::default(), |queue| Depth {
+        Ok(state.queues.get(&Line::shared(role, model)).map_or(Depth::default(), |queue| Depth {
             pending: queue.pending.len() as u64,
             ack_pending: (queue.delivered.len() + queue.waiting.len()) as u64,
         }))
@@ -424,7 +466,7 @@ impl Tasks for Memory {
 
     async fn room(&self, role: Role) -> Result<u64, StreamError> {
         let state = self.state();
-        let of_role = state.queues.iter().filter(|((of, _), _)| *of == role);
+        let of_role = state.queues.iter().filter(|(line, _)| line.role == role);
         let fullest = of_role.map(|(_, queue)| queue.len()).max().unwrap_or(0);
         Ok(self.limits.queue_max.saturating_sub(fullest) as u64)
     }

@@ -1,6 +1,8 @@
 //! What every backend must do, run on each of them: in memory, and on a real nats-server.
 
 use forebay_schemas::{
+    cache::BlockHash,
+    cache_event::{CacheChange, CacheEvent},
     card::{ModelCard, SamplingDefaults, WorkerLease},
     dead_letter::DeadLetter,
     event::{Body, Claimed, Event, RequestAccepted, RequestCancelled, TokensGenerated},
@@ -10,13 +12,15 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     Streams,
+    cache_events::{CacheFollow, Heard, TellError, Told, all_told},
     cancel::cancel,
     follow::{Follow, Hub},
     jetstream::{self, Limits, Options},
     log::{AppendError, LogRef},
     memory,
+    own_queues::{Owner, enqueue_to},
     server::Server,
-    tasks::{CancelSignal, Depth, EnqueueError, Presence, Verdict, enqueue},
+    tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Verdict, enqueue},
     writer::{LogWriter, WriteError},
 };
 use futures::StreamExt;
@@ -94,6 +98,15 @@ conformance! {
     a_workers_presence_is_known,
     spent_tasks_are_found_and_settled,
     dead_letters_are_kept_and_dropped,
+    an_own_queue_is_its_workers_alone,
+    a_task_given_back_from_an_own_queue_moves_to_the_shared_one,
+    a_closed_queue_leaves_nothing_behind,
+    a_routed_task_is_queued_once,
+    an_own_queue_can_be_opened_again,
+    a_task_of_an_own_queue_waits_while_the_shared_one_is_full,
+    cache_events_are_followed_from_what_is_kept,
+    a_snapshot_replaces_what_was_told,
+    a_worker_learns_that_its_events_are_gone,
 }
 
 fn gateway() -> GatewayId {
@@ -393,6 +406,7 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         active_tokens: 0,
         draining: false,
         kv_leases: 0,
+        own_queue: false,
     };
     streams.catalog.publish_model(&card).await.unwrap();
     streams.registry.renew(&lease).await.unwrap();
@@ -616,4 +630,197 @@ async fn dead_letters_are_kept_and_dropped(streams: Streams) {
     assert_eq!(letters.drop_letter(one).await.unwrap(), 1);
     assert_eq!(letters.drop_letter(one).await.unwrap(), 0);
     assert_eq!(letters.list().await.unwrap(), [letter(two, "other")]);
+}
+
+fn owner(name: &str) -> Owner {
+    Owner { model: model(), worker: worker(name) }
+}
+
+async fn pull_own(streams: &Streams, owner: &Owner, wait_ms: u64) -> Option<Delivery> {
+    streams.own_queues.pull_own(owner, Duration::from_millis(wait_ms)).await.unwrap()
+}
+
+/// A task in the own queue of a worker.
+async fn routed(streams: &Streams, to: &Owner) -> DecodeTask {
+    streams.tasks.ensure(&model()).await.unwrap();
+    streams.own_queues.open(to).await.unwrap();
+    let task = task();
+    enqueue_to(&*streams.own_queues, &to.worker, &task).await.unwrap();
+    task
+}
+
+async fn an_own_queue_is_its_workers_alone(streams: Streams) {
+    let (mine, other) = (owner("w-1"), owner("w-2"));
+    let task = routed(&streams, &mine).await;
+    streams.own_queues.open(&other).await.unwrap();
+    assert_eq!(pull(&streams, 100).await, None);
+    assert_eq!(pull_own(&streams, &other, 100).await, None);
+    assert_eq!(streams.own_queues.filled().await.unwrap(), [mine.clone()]);
+    // Autoscalers look at the shared queue.
+    assert_eq!(streams.tasks.depth(Role::Decode, &model()).await.unwrap().lag(), 0);
+    let delivery = pull_own(&streams, &mine, 5000).await.expect("a task");
+    assert_eq!(DecodeTask::decode(&delivery.payload).unwrap(), task);
+    for _ in 0..4 {
+        tokio::time::sleep(ACK_WAIT / 2).await;
+        streams.tasks.answer(&delivery.ack_subject, Verdict::Progress).await.unwrap();
+    }
+    assert_eq!(pull_own(&streams, &mine, 50).await, None, "a task in progress is not delivered again");
+    streams.tasks.answer(&delivery.ack_subject, Verdict::Ack).await.unwrap();
+    assert_eq!(pull_own(&streams, &mine, 1500).await, None);
+    assert_eq!(streams.own_queues.filled().await.unwrap(), []);
+}
+
+async fn a_task_given_back_from_an_own_queue_moves_to_the_shared_one(streams: Streams) {
+    let mine = owner("w-1");
+    for verdict in [Verdict::Nak, Verdict::Later(Duration::from_millis(200))] {
+        let task = routed(&streams, &mine).await;
+        let delivery = pull_own(&streams, &mine, 5000).await.expect("a task");
+        // Whoever gives it back, and however often.
+        for _ in 0..2 {
+            streams.tasks.answer(&delivery.ack_subject, verdict).await.unwrap();
+        }
+        let again = pull(&streams, 5000).await.expect("the task");
+        assert_eq!(DecodeTask::decode(&again.payload).unwrap(), task);
+        assert_eq!(again.delivery, 1);
+        streams.tasks.answer(&again.ack_subject, Verdict::Ack).await.unwrap();
+        streams.tasks.answer(&delivery.ack_subject, verdict).await.unwrap();
+        assert_eq!(pull(&streams, 300).await, None);
+        assert_eq!(streams.own_queues.filled().await.unwrap(), []);
+    }
+}
+
+async fn a_closed_queue_leaves_nothing_behind(streams: Streams) {
+    let gone = owner("w-gone");
+    let tasks = [routed(&streams, &gone).await, routed(&streams, &gone).await, routed(&streams, &gone).await];
+    let delivered = pull_own(&streams, &gone, 5000).await.expect("a task");
+    let (one, two) = tokio::join!(streams.own_queues.close(&gone), streams.own_queues.close(&gone));
+    assert!(one.unwrap() + two.unwrap() >= 3);
+    assert_eq!(streams.own_queues.filled().await.unwrap(), []);
+    // A gateway that has not heard of the end gives back what was delivered there.
+    streams.tasks.answer(&delivered.ack_subject, Verdict::Nak).await.unwrap();
+    let mut found = Vec::new();
+    while let Some(delivery) = pull(&streams, 500).await {
+        found.push(DecodeTask::decode(&delivery.payload).unwrap().request);
+        streams.tasks.answer(&delivery.ack_subject, Verdict::Ack).await.unwrap();
+    }
+    let mut expected: Vec<RequestId> = tasks.iter().map(|task| task.request).collect();
+    found.sort();
+    expected.sort();
+    assert_eq!(found, expected);
+    assert!(streams.own_queues.pull_own(&gone, Duration::from_millis(100)).await.is_err());
+    assert_eq!(streams.own_queues.close(&gone).await.unwrap(), 0);
+}
+
+async fn a_routed_task_is_queued_once(streams: Streams) {
+    let mine = owner("w-1");
+    let task = routed(&streams, &mine).await;
+    enqueue_to(&*streams.own_queues, &mine.worker, &task).await.unwrap();
+    // A client that asks again, at a gateway that does not know where it went.
+    enqueue(&*streams.tasks, &task).await.unwrap();
+    assert_eq!(pull(&streams, 200).await, None);
+    let delivery = pull_own(&streams, &mine, 5000).await.expect("a task");
+    streams.tasks.answer(&delivery.ack_subject, Verdict::Ack).await.unwrap();
+    assert_eq!(pull_own(&streams, &mine, 200).await, None);
+}
+
+async fn an_own_queue_can_be_opened_again(streams: Streams) {
+    let mine = owner("w-1");
+    streams.own_queues.open(&mine).await.unwrap();
+    streams.own_queues.close(&mine).await.unwrap();
+    // What is routed meanwhile waits.
+    enqueue_to(&*streams.own_queues, &mine.worker, &task()).await.unwrap();
+    streams.own_queues.open(&mine).await.unwrap();
+    streams.own_queues.open(&mine).await.unwrap();
+    assert!(pull_own(&streams, &mine, 5000).await.is_some());
+}
+
+async fn a_task_of_an_own_queue_waits_while_the_shared_one_is_full(streams: Streams) {
+    let mine = owner("w-1");
+    routed(&streams, &mine).await;
+    while streams.tasks.room(Role::Decode).await.unwrap() > 0 {
+        enqueue(&*streams.tasks, &task()).await.unwrap();
+    }
+    let delivery = pull_own(&streams, &mine, 5000).await.expect("a task");
+    streams.tasks.answer(&delivery.ack_subject, Verdict::Nak).await.unwrap();
+    while let Some(other) = pull(&streams, 300).await {
+        streams.tasks.answer(&other.ack_subject, Verdict::Ack).await.unwrap();
+    }
+    if let Some(again) = pull_own(&streams, &mine, 3000).await {
+        streams.tasks.answer(&again.ack_subject, Verdict::Nak).await.unwrap();
+        assert!(pull(&streams, 3000).await.is_some());
+    }
+    assert_eq!(streams.own_queues.filled().await.unwrap(), []);
+}
+
+fn stored(of: &Owner, number: u64) -> CacheEvent {
+    let blocks = vec![BlockHash::from_bytes([number as u8; 16])];
+    CacheEvent { worker: of.worker.clone(), incarnation: 1, number, change: CacheChange::Stored { blocks } }
+}
+
+fn snapshot(of: &Owner, number: u64, part: u32) -> CacheEvent {
+    let change = CacheChange::Snapshot { blocks: vec![], part, parts: 2 };
+    CacheEvent { worker: of.worker.clone(), incarnation: 1, number, change }
+}
+
+fn events(told: Vec<Told>) -> Vec<CacheEvent> {
+    told.into_iter().map(|told| told.event.expect("readable")).collect()
+}
+
+async fn hear(follow: &mut CacheFollow, count: usize) -> Vec<CacheEvent> {
+    let mut all = Vec::new();
+    while all.len() < count {
+        match tokio::time::timeout(Duration::from_secs(20), follow.next()).await.unwrap().unwrap() {
+            Heard::Events(told) => all.extend(events(told)),
+            Heard::Anew => panic!("nothing began anew"),
+        }
+    }
+    all
+}
+
+async fn cache_events_are_followed_from_what_is_kept(streams: Streams) {
+    let cache = &streams.cache_events;
+    let (one, two) = (owner("w-1"), owner("w-2"));
+    let first = cache.tell(&one, &stored(&one, 0), 0).await.unwrap();
+    let second = cache.tell(&two, &stored(&two, 0), 0).await.unwrap();
+    let mut follow = CacheFollow::start(cache.clone()).await.unwrap();
+    assert_eq!(hear(&mut follow, 2).await, [stored(&one, 0), stored(&two, 0)]);
+    let (mut last, mut expected) = (first, Vec::new());
+    for number in 1..=300 {
+        last = cache.tell(&one, &stored(&one, number), last).await.unwrap();
+        expected.push(stored(&one, number));
+    }
+    cache.tell(&two, &stored(&two, 1), second).await.unwrap();
+    expected.push(stored(&two, 1));
+    assert_eq!(hear(&mut follow, 301).await, expected);
+    assert_eq!(all_told(cache.as_ref(), &one).await.unwrap().len(), 301);
+    let idle = tokio::time::timeout(Duration::from_secs(3), follow.next()).await;
+    assert!(idle.is_err(), "nothing more was told: {idle:?}");
+}
+
+async fn a_snapshot_replaces_what_was_told(streams: Streams) {
+    let cache = &streams.cache_events;
+    let (mine, other) = (owner("w-1"), owner("w-2"));
+    cache.tell(&other, &stored(&other, 0), 0).await.unwrap();
+    let last = cache.tell(&mine, &stored(&mine, 0), 0).await.unwrap();
+    cache.tell(&mine, &stored(&mine, 1), last).await.unwrap();
+    // Whatever the author knows of it.
+    let last = cache.tell(&mine, &snapshot(&mine, 2, 0), 0).await.unwrap();
+    let last = cache.tell(&mine, &snapshot(&mine, 3, 1), last).await.unwrap();
+    cache.tell(&mine, &stored(&mine, 4), last).await.unwrap();
+    let kept = events(all_told(cache.as_ref(), &mine).await.unwrap());
+    assert_eq!(kept, [snapshot(&mine, 2, 0), snapshot(&mine, 3, 1), stored(&mine, 4)]);
+    assert_eq!(events(all_told(cache.as_ref(), &other).await.unwrap()), [stored(&other, 0)]);
+}
+
+async fn a_worker_learns_that_its_events_are_gone(streams: Streams) {
+    let cache = &streams.cache_events;
+    let mine = owner("w-1");
+    let last = cache.tell(&mine, &stored(&mine, 0), 0).await.unwrap();
+    cache.forget(&mine).await.unwrap();
+    assert_eq!(all_told(cache.as_ref(), &mine).await.unwrap(), []);
+    assert_eq!(cache.last_told().await.unwrap(), last);
+    let refused = cache.tell(&mine, &stored(&mine, 1), last).await.unwrap_err();
+    assert!(matches!(refused, TellError::Overtaken(_)), "{refused}");
+    cache.tell(&mine, &snapshot(&mine, 1, 0), last).await.unwrap();
+    assert_eq!(all_told(cache.as_ref(), &mine).await.unwrap().len(), 1);
 }

@@ -17,6 +17,7 @@ use forebay_schemas::{
 use forebay_streams::{
     Streams,
     environment::off_thread,
+    etcd::Etcd,
     jetstream::{self, Limits, Options},
     log::Recorded,
     registry::Workers,
@@ -178,6 +179,15 @@ impl Deployment {
     /// A setting of all processes that are started from now on, by its environment variable.
     pub fn set(&mut self, name: &str, value: &str) {
         self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Keeps leases and settings there, as `--registry` takes it, for all processes that are started from now on.
+    pub async fn keep_registry_at(&mut self, url: &str) {
+        let etcd = Etcd::connect(url, LEASE).await.expect("etcd answers");
+        let etcd = Arc::new(etcd);
+        self.streams = Streams { registry: etcd.clone(), settings: etcd, ..self.streams.clone() };
+        self.workers = self.streams.registry.workers().await.expect("the registry can be followed");
+        self.set("FOREBAY_REGISTRY", url);
     }
 
     /// Where NATS is.

@@ -5,6 +5,7 @@
 pub mod chaos;
 pub mod client;
 pub mod deployment;
+pub mod etcd;
 pub mod files;
 pub mod invariants;
 pub mod namespaces;

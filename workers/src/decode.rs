@@ -12,6 +12,7 @@ mod remote;
 
 use crate::{
     engine::EngineError,
+    kv::Slot,
     runner::EngineStopped,
     worker::{NO_LOG_PAUSE, NO_LOG_TRIES, Worker},
 };
@@ -23,7 +24,7 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     StreamError,
-    environment::{self, now_us, off_thread},
+    environment::{self, in_process, now_us, off_thread},
     log::LogRef,
     tasks::{Delivery, Verdict},
     writer::{LogWriter, WriteError},
@@ -31,6 +32,7 @@ use forebay_streams::{
 pub(crate) use handover::SharedPlaces;
 pub(crate) use prefill_workers::{PrefillQueue, watch_queue};
 use std::{sync::Arc, time::Duration};
+use tokio::{sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 /// Pause before a request that failed here is tried again, here or elsewhere.
@@ -60,26 +62,67 @@ enum RequestError {
     Stopped(#[from] EngineStopped),
 }
 
-/// One slot's loop.
-pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken) {
-    while let Some(delivery) = worker.next_task(&stop).await {
-        let Ok(task) = DecodeTask::decode(&delivery.payload) else {
-            tracing::error!("a decode task is not readable; dropped");
-            worker.answer(&delivery, Verdict::Ack).await;
-            continue;
-        };
-        let log = LogRef { gateway: task.gateway, request: task.request };
-        let verdict = see_through(&worker, &delivery, &log).await;
-        if let Some(verdict) = verdict {
-            worker.answer(&delivery, verdict).await;
+/// One slot's loop. Its pulls, and tasks that run, are together no more than there are slots; a task from the worker's
+/// own queue takes its slot at once, though, and counts when a pull is over.
+pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, room: Arc<Semaphore>) {
+    while !stop.is_cancelled() {
+        let _one = room.acquire().await.expect("never closed");
+        if stop.is_cancelled() {
+            return;
         }
+        let Some(delivery) = worker.pull(&stop).await else { continue };
+        match worker.slots.take() {
+            Some(slot) => work(&worker, &delivery, slot).await,
+            None => worker.answer(&delivery, Verdict::Nak).await,
+        }
+    }
+}
+
+/// The loop of the worker's own queue. It always pulls: what there is no room for must not wait here while others could
+/// take it.
+pub(crate) async fn serve_own(worker: Arc<Worker>, stop: CancellationToken, room: Arc<Semaphore>) {
+    let owner = worker.owner();
+    let mut running = JoinSet::new();
+    while !stop.is_cancelled() {
+        while running.try_join_next().is_some() {}
+        let Some(delivery) = worker.pull_own(&owner, &stop).await else { continue };
+        match worker.slots.take() {
+            Some(slot) => {
+                running.spawn(in_process(work_own(worker.clone(), delivery, slot, room.clone())));
+            }
+            None => worker.answer(&delivery, Verdict::Nak).await,
+        }
+    }
+    while running.join_next().await.is_some() {}
+}
+
+async fn work_own(worker: Arc<Worker>, delivery: Delivery, slot: Slot, room: Arc<Semaphore>) {
+    let counts = async {
+        let _one = room.acquire().await;
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        biased;
+        () = work(&worker, &delivery, slot) => {}
+        () = counts => {}
+    }
+}
+
+async fn work(worker: &Arc<Worker>, delivery: &Delivery, slot: Slot) {
+    let Ok(task) = DecodeTask::decode(&delivery.payload) else {
+        tracing::error!("a decode task is not readable; dropped");
+        return worker.answer(delivery, Verdict::Ack).await;
+    };
+    let log = LogRef { gateway: task.gateway, request: task.request };
+    if let Some(verdict) = see_through(worker, delivery, &log, slot).await {
+        worker.answer(delivery, verdict).await;
     }
 }
 
 /// Takes a request to its end, or as far as it goes here, and says what becomes of the task. None: say nothing (more),
 /// since the task is in other hands, and an acknowledgement from here would take it from them.
-async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef) -> Option<Verdict> {
-    let slot = Arc::new(worker.slots.take().expect("there are as many loops as slots"));
+async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef, slot: Slot) -> Option<Verdict> {
+    let slot = Arc::new(slot);
     let alive = worker.keep_alive(delivery);
     let unwanted = worker.enter(log.request);
     let attempt = Attempt { worker, log, slot: &slot };

@@ -4,7 +4,8 @@ use crate::{
     decode,
     engine::{Engine, EngineCard},
     kv::{
-        BlockCache, KvOptions, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, shm, sums,
+        BlockCache, KvOptions, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, publish, shm,
+        sums,
         tcp::{TcpListen, TcpOwner},
     },
     prefill,
@@ -23,6 +24,7 @@ use forebay_streams::{
     StreamError, Streams,
     environment::{self, in_process, off_thread},
     log::LogRef,
+    own_queues::Owner,
     registry::Workers,
     settings::{self, Live},
     tasks::{Delivery, Verdict},
@@ -33,11 +35,18 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     pin::pin,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokenizers::Tokenizer;
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinSet,
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 /// Pause after a pull that failed.
@@ -66,6 +75,9 @@ const STEP_MAX: Duration = Duration::from_secs(60);
 /// How long a worker that ends waits for word that its lease is over.
 const RESIGN_MAX: Duration = Duration::from_millis(500);
 
+/// How often it is looked whether the number of free slots is still what the lease says; also the shortest time between
+/// two renewals for that.
+const SLOTS_LOOK: Duration = Duration::from_millis(25);
 /// How often the token budget is looked up.
 const BUDGET_POLL: Duration = Duration::from_millis(200);
 
@@ -164,6 +176,8 @@ pub(crate) struct Worker {
     pub(crate) stop: CancellationToken,
     /// What still runs is to be left as it is.
     pub(crate) grace_over: CancellationToken,
+    /// Tasks may be queued for this worker alone.
+    has_own_queue: AtomicBool,
     /// How many loops wait for a task.
     pulling: watch::Sender<u32>,
     /// Where sequences can go when this worker stops.
@@ -236,6 +250,7 @@ pub async fn run(
         peers: KvPeers::new(layout_hash, &config.kv),
         stop: stop.clone(),
         grace_over: CancellationToken::new(),
+        has_own_queue: AtomicBool::new(false),
         pulling: watch::channel(0).0,
         places: Mutex::default(),
         running: Mutex::default(),
@@ -249,6 +264,7 @@ pub async fn run(
     background.spawn(in_process(worker.clone().keep_budget()));
     if worker.config.role == Role::Decode {
         background.spawn(in_process(decode::watch_queue(worker.clone())));
+        background.spawn(in_process(worker.clone().tell_of_cache()));
     }
     let outcome = tokio::select! {
         biased;
@@ -261,18 +277,28 @@ pub async fn run(
     if !matches!(resigned, Ok(Ok(()))) {
         tracing::debug!("the lease will lapse by itself");
     }
+    worker.bow_out().await;
     outcome
 }
 
 impl Worker {
-    /// One loop for each slot, each: pull → see the task to its end → pull the next. So the worker never holds
-    /// more tasks than it has room for.
+    /// One loop for each slot, each: pull → see the task to its end → pull the next; and one for the worker's own queue.
+    /// The worker never holds more tasks than it has room for.
     async fn serve(self: Arc<Self>, stop: CancellationToken) {
-        let prefills = Arc::new(tokio::sync::Semaphore::new(prefill::COMPUTING_MAX));
         let mut loops = JoinSet::new();
+        let room = Arc::new(Semaphore::new(self.slots.total() as usize));
+        let mut aside = JoinSet::new();
+        if self.config.role == Role::Decode {
+            self.open_own(&self.owner()).await;
+            aside.spawn(in_process(self.clone().pass_on()));
+            loops.spawn(in_process(decode::serve_own(self.clone(), stop.clone(), room.clone())));
+        }
+        let prefills = Arc::new(Semaphore::new(prefill::COMPUTING_MAX));
         for _ in 0..self.slots.total() {
             match self.config.role {
-                Role::Decode => loops.spawn(in_process(decode::serve(self.clone(), stop.clone()))),
+                Role::Decode => {
+                    loops.spawn(in_process(decode::serve(self.clone(), stop.clone(), room.clone())))
+                }
                 Role::Prefill => {
                     loops.spawn(in_process(prefill::serve(self.clone(), stop.clone(), prefills.clone())))
                 }
@@ -287,6 +313,50 @@ impl Worker {
             self.grace_over.cancel();
             let _ = tokio::time::timeout(self.config.grace - grace, drained).await;
         }
+    }
+
+    /// Makes this worker's own queue. Without one it gets its tasks from the shared queue.
+    async fn open_own(&self, owner: &Owner) {
+        match self.streams.own_queues.open(owner).await {
+            Ok(()) => self.has_own_queue.store(true, Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "no queue of its own for this worker; trying again"),
+        }
+    }
+
+    /// Passes on what still comes into the own queue of a worker that stops: from a gateway that has not heard of it yet.
+    async fn pass_on(self: Arc<Self>) {
+        self.stop.cancelled().await;
+        let owner = self.owner();
+        loop {
+            self.pull_own(&owner, &self.stop).await;
+        }
+    }
+
+    /// Tells routers what is in the prefix cache, if anything ever is.
+    async fn tell_of_cache(self: Arc<Self>) {
+        if !self.cache.is_off() {
+            let events = self.streams.cache_events.clone();
+            publish(events, self.owner(), self.incarnation, self.cache.clone()).await;
+        }
+    }
+
+    /// Leaves what is in this worker's own queue to others, and takes back what was told of its cache.
+    async fn bow_out(&self) {
+        if self.config.role != Role::Decode {
+            return;
+        }
+        let owner = self.owner();
+        let closed = self.streams.own_queues.close(&owner);
+        let forgotten = self.streams.cache_events.forget(&owner);
+        let both = async { (closed.await, forgotten.await) };
+        if !matches!(tokio::time::timeout(RESIGN_MAX, both).await, Ok((Ok(_), Ok(())))) {
+            tracing::debug!("the own queue is left to the gateways");
+        }
+    }
+
+    /// Names this worker's own queue.
+    pub(crate) fn owner(&self) -> Owner {
+        Owner { model: self.model.key.clone(), worker: self.id.clone() }
     }
 
     /// Gives the engine the token budget that is set for all workers, or this one's own.
@@ -316,22 +386,50 @@ impl Worker {
 
     /// The next task, or none when the worker is to stop.
     pub(crate) async fn next_task(&self, stop: &CancellationToken) -> Option<Delivery> {
-        let _pulling = Pulling::begin(&self.pulling);
         while !stop.is_cancelled() {
-            match self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait()).await {
-                // A pull is never dropped: what it brings would come again only after the ack wait.
-                Ok(Some(delivery)) if stop.is_cancelled() => {
-                    self.answer(&delivery, Verdict::Later(BACK_PAUSE)).await;
-                }
-                Ok(Some(delivery)) => return Some(delivery),
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::debug!(%error, "pull failed; trying again");
-                    tokio::time::sleep(PULL_PAUSE).await;
-                }
+            if let Some(delivery) = self.pull(stop).await {
+                return Some(delivery);
             }
         }
         None
+    }
+
+    /// One pull from the queue that all workers share; none if it brought nothing that is for this worker.
+    pub(crate) async fn pull(&self, stop: &CancellationToken) -> Option<Delivery> {
+        let _pulling = Pulling::begin(&self.pulling);
+        match self.streams.tasks.pull(self.config.role, &self.model.key, self.pull_wait()).await {
+            // A pull is never dropped: what it brings would come again only after the ack wait.
+            Ok(Some(delivery)) if stop.is_cancelled() => {
+                self.answer(&delivery, Verdict::Later(BACK_PAUSE)).await;
+                None
+            }
+            Ok(delivery) => delivery,
+            Err(error) => {
+                tracing::debug!(%error, "pull failed; trying again");
+                tokio::time::sleep(PULL_PAUSE).await;
+                None
+            }
+        }
+    }
+
+    /// One pull from this worker's own queue. Nothing of it stays with a worker that stops: it moves to the shared queue.
+    pub(crate) async fn pull_own(&self, owner: &Owner, stop: &CancellationToken) -> Option<Delivery> {
+        // A pull that is begun when the worker stops brings nothing that it keeps.
+        let _pulling = (!stop.is_cancelled()).then(|| Pulling::begin(&self.pulling));
+        match self.streams.own_queues.pull_own(owner, self.pull_wait()).await {
+            Ok(Some(delivery)) if stop.is_cancelled() => {
+                self.answer(&delivery, Verdict::Nak).await;
+                None
+            }
+            Ok(delivery) => delivery,
+            Err(error) => {
+                // A gateway that took this worker for dead has closed the queue, or the server is away.
+                tracing::debug!(%error, "pull from the own queue failed; opening it again");
+                self.open_own(owner).await;
+                tokio::time::sleep(PULL_PAUSE).await;
+                None
+            }
+        }
     }
 
     /// Waits until nothing more can be delivered to a worker that was told to stop.
@@ -480,7 +578,8 @@ impl Worker {
         }
     }
 
-    /// Renews the worker's lease several times within its time, and at once when the worker is told to stop.
+    /// Renews the worker's lease several times within its time, at once when the worker is told to stop, and soon when it
+    /// has another number of free slots: gateways route by that.
     async fn hold_lease(self: Arc<Self>, kv_socket: String, kv_tcp: Option<String>) {
         let host = shm::host_id();
         let pause = self.streams.registry.lease_time() / 4;
@@ -499,6 +598,7 @@ impl Worker {
                 active_tokens: self.runner.active_tokens(),
                 draining: self.stop.is_cancelled(),
                 kv_leases: self.leases.held(),
+                own_queue: self.has_own_queue.load(Ordering::Relaxed),
             };
             if let Err(error) = self.streams.registry.renew(&lease).await {
                 tracing::warn!(%error, "the worker's lease was not renewed");
@@ -512,7 +612,21 @@ impl Worker {
             tokio::select! {
                 biased;
                 () = stops => {}
-                () = tokio::time::sleep(pause) => {}
+                () = self.slots_change(&lease, pause) => {}
+            }
+        }
+    }
+
+    /// Resolves when a lease says something of the slots that is no longer so, or after `most`.
+    async fn slots_change(&self, lease: &WorkerLease, most: Duration) {
+        let until = Instant::now() + most;
+        loop {
+            tokio::time::sleep(SLOTS_LOOK).await;
+            let own_queue = self.has_own_queue.load(Ordering::Relaxed);
+            if (self.slots.free(), own_queue) != (lease.free_slots, lease.own_queue)
+                || Instant::now() >= until
+            {
+                return;
             }
         }
     }

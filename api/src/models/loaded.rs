@@ -93,7 +93,12 @@ impl Model {
             ));
         };
         let text = template.render(&turns, request.chat_template_kwargs.as_ref())?;
-        // The template has written the special tokens already, as `apply_chat_template` assumes too.
+        self.tokens(text)
+    }
+
+    /// The token ids of a text, as it is: a template has written the special tokens already, as `apply_chat_template`
+    /// assumes too.
+    pub(crate) fn tokens(&self, text: String) -> Result<Vec<u32>, ApiError> {
         let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| {
             ApiError::of(ErrorCode::InvalidValue, "messages", format!("no tokens for this text: {error}"))
         })?;

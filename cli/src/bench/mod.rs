@@ -1,5 +1,6 @@
 //! `forebay bench`: what things cost, as medians, compared within one run.
 
+mod cache;
 mod control;
 mod engine;
 mod http;
@@ -8,8 +9,10 @@ mod kv;
 mod overlap;
 mod prefix;
 mod processes;
+mod route;
 mod serve;
 mod stream;
+mod trace;
 
 use crate::config::init_logging;
 use clap::{Args, Subcommand};
@@ -38,7 +41,11 @@ enum What {
     Prefix(prefix::PrefixArgs),
     /// What long prompts do to the pace of running answers: prefill and decode workers against workers that do both.
     Interference(interference::InterferenceArgs),
-    /// All of these but `http`, one after another.
+    /// The router alone: decisions over an index of many blocks and workers.
+    Route(route::RouteArgs),
+    /// Routing by KV against round robin, with simulated workers and shared prefixes. Takes ten minutes.
+    Cache(cache::CacheArgs),
+    /// All of these but `http` and `cache`, one after another.
     All(engine::EngineBenchArgs),
 }
 
@@ -53,9 +60,12 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
         What::Overlap(args) => overlap::run(&args),
         What::Prefix(args) => prefix::run(&args),
         What::Interference(args) => interference::run(&args),
+        What::Route(args) => route::run(&args),
+        What::Cache(args) => cache::run(&args),
         What::All(args) => {
             control::run(&control::ControlArgs::default())?;
             kv::run(&kv::KvArgs::default())?;
+            route::run(&route::RouteArgs::default())?;
             engine::run(&args)?;
             serve::run(&serve::ServeArgs::like(&args))?;
             overlap::run(&overlap::OverlapArgs::default())?;

@@ -72,6 +72,7 @@ mod tests {
             active_tokens: 0,
             draining: false,
             kv_leases: 0,
+            own_queue: false,
         }
     }
 

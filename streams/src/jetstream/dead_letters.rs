@@ -1,7 +1,8 @@
 //! Dead letters in a stream of their own, beside the server's advisories of spent deliveries.
 
 use super::{
-    JetStream, PublishError, failed, header,
+    JetStream, failed, header,
+    log::READ_BATCH,
     topology::{DLQ, SPENT, queue_stream},
 };
 use crate::{
@@ -35,14 +36,8 @@ impl DeadLetters for JetStream {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Rollup", "sub");
         let what = format!("keeping the dead letter of {}", letter.request);
-        self.publish(subject(letter), headers, payload.into()).await.map(drop).map_err(|error| {
-            let cause = match error {
-                PublishError::Refused { code, description } => format!("{description} ({code})"),
-                PublishError::NotStored(cause) | PublishError::Unknown(cause) => cause,
-                PublishError::TooLarge => "larger than the server takes".to_owned(),
-            };
-            StreamError::new(what, cause)
-        })
+        let published = self.publish(subject(letter), headers, payload.into()).await;
+        published.map(drop).map_err(|error| StreamError::new(what, error.cause()))
     }
 
     async fn list(&self) -> Result<Vec<DeadLetter>, StreamError> {
@@ -50,7 +45,8 @@ impl DeadLetters for JetStream {
         let mut letters = Vec::new();
         let mut from = 1;
         loop {
-            let (messages, pending) = self.read_batch(DLQ, "fb.dlq.>", from).await.map_err(failed(what))?;
+            let (messages, pending) =
+                self.read_batch(DLQ, "fb.dlq.>", from, READ_BATCH).await.map_err(failed(what))?;
             for message in &messages {
                 let seq = header(message.headers.as_ref(), "Nats-Sequence").and_then(|seq| seq.parse().ok());
                 from = seq.map_or(from, |seq: u64| seq + 1);

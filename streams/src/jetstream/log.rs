@@ -20,7 +20,7 @@ use futures::{StreamExt, stream::BoxStream};
 use std::pin::pin;
 
 /// Events read in one request.
-const READ_BATCH: usize = 512;
+pub(super) const READ_BATCH: usize = 512;
 
 /// Lets the expected last sequence be that of other subjects too (nats-server 2.11 and newer).
 const EXPECTED_SUBJECT: &str = "Nats-Expected-Last-Subject-Sequence-Subject";
@@ -60,7 +60,7 @@ impl EventLog for JetStream {
         let mut from = after + 1;
         loop {
             let (messages, pending) =
-                self.read_batch(LOG, &subject(log), from).await.map_err(failed(&what))?;
+                self.read_batch(LOG, &subject(log), from, READ_BATCH).await.map_err(failed(&what))?;
             for message in &messages {
                 events.push(recorded(message).map_err(failed(&what))?);
             }
@@ -149,18 +149,18 @@ impl JetStream {
         }
     }
 
-    /// Messages of a subject from a sequence on, and whether there are more: a batched direct get (ADR-31).
+    /// At most `batch` messages of a subject from a sequence on, and whether there are more: a batched direct get (ADR-31).
     pub(super) async fn read_batch(
         &self,
         stream: &str,
         subject: &str,
         from: u64,
+        batch: usize,
     ) -> Result<(Vec<Message>, bool), String> {
         let mut lost = pin!(self.connection_lost());
         let inbox = self.client.new_inbox();
         let mut replies = self.client.subscribe(inbox.clone()).await.map_err(|error| error.to_string())?;
-        let query =
-            serde_json::json!({ "seq": from, "batch": READ_BATCH, "next_by_subj": subject }).to_string();
+        let query = serde_json::json!({ "seq": from, "batch": batch, "next_by_subj": subject }).to_string();
         self.client
             .publish_with_reply(format!("$JS.API.DIRECT.GET.{stream}"), inbox, query.into())
             .await

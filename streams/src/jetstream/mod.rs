@@ -1,11 +1,13 @@
 //! The backend that is deployed: NATS with JetStream.
 
 mod bucket;
+mod cache_events;
 mod catalog;
 mod connect;
 mod dead_letters;
 mod ledger;
 mod log;
+mod own_queues;
 mod registry;
 mod settings;
 mod tasks;
@@ -39,6 +41,8 @@ impl JetStream {
         Streams {
             log: shared.clone(),
             tasks: shared.clone(),
+            own_queues: shared.clone(),
+            cache_events: shared.clone(),
             dead_letters: shared.clone(),
             catalog: shared.clone(),
             registry: shared.clone(),
@@ -126,6 +130,17 @@ enum PublishError {
     TooLarge,
     /// No answer: it may be stored.
     Unknown(String),
+}
+
+impl PublishError {
+    /// In words, where all that counts is that it was not stored, or perhaps not.
+    fn cause(self) -> String {
+        match self {
+            PublishError::Refused { code, description } => format!("{description} ({code})"),
+            PublishError::NotStored(cause) | PublishError::Unknown(cause) => cause,
+            PublishError::TooLarge => "larger than the server takes".to_owned(),
+        }
+    }
 }
 
 /// The last sequence of the subject is another than expected (and two codes of clustered servers for the same).

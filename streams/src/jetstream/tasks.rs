@@ -1,6 +1,6 @@
 //! Queues as durable pull consumers on work-queue streams.
 
-use super::{FULL, JetStream, LOST, PublishError, failed, topology};
+use super::{FULL, JetStream, LOST, PublishError, failed, own_queues, topology};
 use crate::{
     StreamError,
     tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
@@ -46,29 +46,7 @@ impl Tasks for JetStream {
         dedup_id: &str,
         payload: Bytes,
     ) -> Result<(), EnqueueError> {
-        let give_up = Instant::now() + PUBLISH_PATIENCE;
-        let mut pause = PUBLISH_PAUSE;
-        loop {
-            let mut headers = HeaderMap::new();
-            headers.insert(names::NATS_MESSAGE_ID, dedup_id);
-            // JetStream only: a core publish into a full stream would vanish without a word.
-            let trouble =
-                match JetStream::publish(self, queue_subject(role, model), headers, payload.clone()).await {
-                    Ok(_) => return Ok(()),
-                    Err(PublishError::Refused { code, .. }) if FULL.contains(&code) => {
-                        return Err(EnqueueError::Full { role, model: model.clone() });
-                    }
-                    Err(PublishError::Refused { code, description }) => format!("{description} ({code})"),
-                    Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => cause,
-                    Err(PublishError::TooLarge) => "a task larger than the server takes".to_owned(),
-                };
-            if Instant::now() + pause > give_up {
-                let what = format!("queueing a {} task of model {model}", role.as_str());
-                return Err(StreamError::new(what, trouble).into());
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PUBLISH_PAUSE_MAX);
-        }
+        self.queue(queue_subject(role, model), (role, model), dedup_id, payload).await
     }
 
     async fn pull(
@@ -81,7 +59,10 @@ impl Tasks for JetStream {
     }
 
     async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
-        self.say(ack_subject, verdict).await
+        match (verdict, own_queues::sequence(ack_subject)) {
+            (Verdict::Nak | Verdict::Later(_), Some(seq)) => self.give_up(ack_subject, seq).await,
+            _ => self.say(ack_subject, verdict).await,
+        }
     }
 
     fn ack_wait(&self) -> Duration {
@@ -152,6 +133,38 @@ impl Tasks for JetStream {
 }
 
 impl JetStream {
+    /// Puts a task on a subject of a queue's stream.
+    pub(super) async fn queue(
+        &self,
+        subject: String,
+        (role, model): (Role, &ModelKey),
+        dedup_id: &str,
+        payload: Bytes,
+    ) -> Result<(), EnqueueError> {
+        let give_up = Instant::now() + PUBLISH_PATIENCE;
+        let mut pause = PUBLISH_PAUSE;
+        loop {
+            let mut headers = HeaderMap::new();
+            headers.insert(names::NATS_MESSAGE_ID, dedup_id);
+            // JetStream only: a core publish into a full stream would vanish without a word.
+            let trouble = match self.publish(subject.clone(), headers, payload.clone()).await {
+                Ok(_) => return Ok(()),
+                Err(PublishError::Refused { code, .. }) if FULL.contains(&code) => {
+                    return Err(EnqueueError::Full { role, model: model.clone() });
+                }
+                Err(PublishError::Refused { code, description }) => format!("{description} ({code})"),
+                Err(PublishError::NotStored(cause) | PublishError::Unknown(cause)) => cause,
+                Err(PublishError::TooLarge) => "a task larger than the server takes".to_owned(),
+            };
+            if Instant::now() + pause > give_up {
+                let what = format!("queueing a {} task of model {model}", role.as_str());
+                return Err(StreamError::new(what, trouble).into());
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PUBLISH_PAUSE_MAX);
+        }
+    }
+
     /// Says something of a delivered message.
     pub(super) async fn say(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
         let what = || format!("answering {ack_subject}");
@@ -206,9 +219,45 @@ fn delivered(reply: Message) -> Result<Option<Delivery>, String> {
         };
     }
     let ack_subject = reply.reply.ok_or("a task without ack subject")?.to_string();
-    // $JS.ACK.<stream>.<consumer>.<delivered>.… or, with a domain, $JS.ACK.<domain>.<account>.<stream>.…
-    let tokens: Vec<&str> = ack_subject.split('.').collect();
-    let delivery = tokens.get(if tokens.len() >= 11 { 6 } else { 4 }).and_then(|token| token.parse().ok());
+    let delivery = AckSubject::parse(&ack_subject).map(|parsed| parsed.delivery);
     let delivery = delivery.ok_or_else(|| format!("an ack subject of unknown form: {ack_subject}"))?;
     Ok(Some(Delivery { payload: reply.payload, ack_subject, delivery }))
+}
+
+/// What an acknowledgement subject says.
+pub(super) struct AckSubject<'a> {
+    pub(super) stream: &'a str,
+    pub(super) consumer: &'a str,
+    /// How often the message has been delivered.
+    pub(super) delivery: u64,
+    /// The message's sequence within its stream.
+    pub(super) seq: u64,
+}
+
+impl AckSubject<'_> {
+    /// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.…` or, with a domain, `$JS.ACK.<domain>.<account>.<stream>.…`
+    pub(super) fn parse(text: &str) -> Option<AckSubject<'_>> {
+        let tokens: Vec<&str> = text.strip_prefix("$JS.ACK.")?.split('.').collect();
+        let tokens = if tokens.len() >= 9 { &tokens[2..] } else { &tokens[..] };
+        let [stream, consumer, delivery, seq, ..] = tokens else { return None };
+        Some(AckSubject { stream, consumer, delivery: delivery.parse().ok()?, seq: seq.parse().ok()? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ack_subjects_are_read_with_and_without_a_domain() {
+        for text in [
+            "$JS.ACK.FB_DECODE.own-w-1.2.37.1.1750000000.0",
+            "$JS.ACK.hub.hash.FB_DECODE.own-w-1.2.37.1.175.0.x",
+        ] {
+            let parsed = AckSubject::parse(text).unwrap();
+            assert_eq!((parsed.stream, parsed.consumer), ("FB_DECODE", "own-w-1"));
+            assert_eq!((parsed.delivery, parsed.seq), (2, 37));
+        }
+        assert!(AckSubject::parse("memory.ack.7").is_none());
+    }
 }

@@ -2,18 +2,35 @@
 //! older server ignores settings that it does not know.
 
 use super::failed;
-use crate::StreamError;
+use crate::{StreamError, own_queues::Owner};
 use async_nats::jetstream::{
     Context,
     consumer::{AckPolicy, pull},
     kv, object_store,
     stream::{Config, DiscardPolicy, Republish, RetentionPolicy, StorageType},
 };
-use forebay_schemas::{ids::ModelKey, task::Role};
+use forebay_schemas::{
+    ids::{ModelKey, WorkerId},
+    task::Role,
+};
 use std::time::Duration;
 
 pub(crate) const LOG: &str = "FB_LOG";
 pub(crate) const DLQ: &str = "FB_DLQ";
+pub(crate) const KV: &str = "FB_KV";
+
+/// Where a sign of each event in [`KV`] goes.
+pub(crate) const KV_SIGNS: &str = "fb.kvsign";
+
+/// How long events of prefix caches are kept. Workers tell all that they have several times within it.
+const KV_AGE: Duration = Duration::from_secs(900);
+
+/// Events of one worker that are kept; workers begin anew long before.
+const KV_EVENTS: i64 = 16_384;
+
+/// What all of them may take; the oldest go first, and whoever misses them waits for the worker's next snapshot.
+const KV_BYTES: i64 = 256 << 20;
+
 pub(crate) const MODELS: &str = "fb_models";
 pub(crate) const WORKERS: &str = "fb_workers";
 pub(crate) const CONFIG: &str = "fb_config";
@@ -91,12 +108,32 @@ pub(crate) fn queue_subject(role: Role, model: &ModelKey) -> String {
     }
 }
 
+/// The subject of a decode worker's own queue.
+pub(crate) fn own_subject(owner: &Owner) -> String {
+    format!("fb.q.decode.{}.w.{}", owner.model, owner.worker)
+}
+
+/// The subjects of all of them.
+pub(crate) const OWN_SUBJECTS: &str = "fb.q.decode.*.w.*";
+
+/// The consumer of a decode worker's own queue. No other consumer's name begins like that, and workers' names are unique.
+pub(crate) fn own_consumer_name(worker: &WorkerId) -> String {
+    format!("{OWN}{worker}")
+}
+
+/// What the names of these consumers begin with.
+pub(crate) const OWN: &str = "own-";
+
+/// How long a worker's own queue may go unused: a backstop, for a worker that died while no gateway looked.
+const OWN_UNUSED_MAX: Duration = Duration::from_secs(600);
+
 /// Makes streams and buckets that are missing, and checks those that are there.
 pub(crate) async fn ensure(context: &Context, limits: &Limits) -> Result<(), StreamError> {
     ensure_stream(context, log_stream(limits)).await?;
     for role in [Role::Decode, Role::Prefill] {
         ensure_stream(context, work_queue(role, limits)).await?;
     }
+    ensure_stream(context, cache_events(limits)).await?;
     ensure_stream(context, dead_letters(limits)).await?;
     ensure_spent(context, limits).await?;
     let bucket = |bucket: &str, max_age| kv::Config {
@@ -160,6 +197,30 @@ fn work_queue(role: Role, limits: &Limits) -> Config {
         max_age: limits.log_age,
         discard: DiscardPolicy::New,
         duplicate_window: Duration::from_secs(120),
+        ..Default::default()
+    }
+}
+
+fn cache_events(limits: &Limits) -> Config {
+    Config {
+        name: KV.to_owned(),
+        description: Some("what workers have in their prefix caches, one subject a worker".to_owned()),
+        subjects: vec!["fb.kv.*.*".to_owned()],
+        retention: RetentionPolicy::Limits,
+        // On file, so that a server that restarts does not make every router forget what every worker has.
+        storage: StorageType::File,
+        num_replicas: limits.replicas,
+        max_age: KV_AGE,
+        max_messages_per_subject: KV_EVENTS,
+        max_bytes: KV_BYTES,
+        allow_direct: true,
+        // A snapshot takes the place of all that was told before.
+        allow_rollup: true,
+        republish: Some(Republish {
+            source: "fb.kv.>".to_owned(),
+            destination: format!("{KV_SIGNS}.>"),
+            headers_only: true,
+        }),
         ..Default::default()
     }
 }
@@ -282,4 +343,27 @@ pub(crate) async fn ensure_consumer(
         stream.update_consumer(wanted).await.map_err(failed(format!("updating consumer {name}")))?;
     }
     Ok(())
+}
+
+/// Makes the consumer of a decode worker's own queue.
+pub(crate) async fn ensure_own_consumer(
+    context: &Context,
+    owner: &Owner,
+    limits: &Limits,
+) -> Result<(), StreamError> {
+    let name = own_consumer_name(&owner.worker);
+    let what = format!("making consumer {name}");
+    let stream = context.get_stream_no_info(queue_stream(Role::Decode)).await.map_err(failed(&what))?;
+    let wanted = pull::Config {
+        durable_name: Some(name.clone()),
+        description: Some("tasks for one worker, which has a part of their KV".to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: limits.ack_wait,
+        max_deliver: limits.max_deliver as i64,
+        filter_subject: own_subject(owner),
+        inactive_threshold: OWN_UNUSED_MAX,
+        num_replicas: limits.replicas,
+        ..Default::default()
+    };
+    stream.get_or_create_consumer(&name, wanted).await.map(drop).map_err(failed(what))
 }

@@ -57,6 +57,9 @@ pub(super) async fn unfinished(site: &Site, logs: &Logs) -> Option<Violation> {
             return Some(format!("5: a task is left in the {} queue: {depth:?}", role.as_str()));
         }
     }
+    if let Some(owner) = site.world.streams.own_queues.filled().await.expect("memory answers").first() {
+        return Some(format!("5: a task is left in the queue of {}", owner.worker));
+    }
     for (log, events) in logs {
         if !events.iter().any(|recorded| recorded.event.body.is_terminal()) && !is_orphan(site, log, events) {
             return Some(format!("1: {log} has not ended"));

@@ -10,6 +10,7 @@ use super::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use forebay_schemas::{
+    cache_event::CacheEvent,
     dead_letter::DeadLetter,
     event::Event,
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
@@ -17,9 +18,11 @@ use forebay_schemas::{
 };
 use forebay_streams::{
     StreamError, Streams,
+    cache_events::{CacheEvents, TellError, Told},
     dead_letters::{DeadLetters, Spent},
     environment::{Condition, Process},
     log::{AppendError, EventLog, Live, LogRef, Recorded, Refusal, persist},
+    own_queues::{OwnQueues, Owner},
     tasks::{CancelSignal, Delivery, Depth, EnqueueError, Presence, Tasks, Verdict},
 };
 use futures::{StreamExt, stream::BoxStream};
@@ -61,6 +64,8 @@ impl Link {
         Streams {
             log: link.clone(),
             tasks: link.clone(),
+            own_queues: link.clone(),
+            cache_events: link.clone(),
             dead_letters: link.clone(),
             catalog: link.clone(),
             registry: link.clone(),
@@ -237,6 +242,42 @@ impl Link {
         }
     }
 
+    /// A task is in a queue.
+    fn queued(&self, role: Role, payload: &[u8]) {
+        if let (Role::Decode, Ok(task)) = (role, DecodeTask::decode(payload)) {
+            let log = LogRef { gateway: task.gateway, request: task.request };
+            self.world.record().queued.insert(log);
+        }
+    }
+
+    /// What a pull brings.
+    async fn pulled(
+        &self,
+        queue: &'static str,
+        wait: Duration,
+        pull: impl Future<Output = Result<Option<Delivery>, StreamError>> + Send + 'static,
+    ) -> Result<Option<Delivery>, StreamError> {
+        let fate = self.draw();
+        let (wanted, given_up) = oneshot::channel::<()>();
+        let link = self.clone();
+        let pull = async move {
+            let pulled = tokio::select! {
+                biased;
+                // Whoever stops listening takes away its interest, and gets nothing more.
+                _ = given_up => return Ok(None),
+                pulled = pull => pulled,
+            };
+            if let Ok(Some(delivery)) = &pulled {
+                link.world
+                    .trace(|| format!("{}: gets {queue} task, delivery {}", link.name, delivery.delivery));
+            }
+            pulled
+        };
+        let pulled = self.send("pull", wait + PATIENCE, fate, pull).await;
+        drop(wanted);
+        pulled?
+    }
+
     /// The world must know whose process a worker is.
     fn introduce(&self, worker: &WorkerId) {
         self.world.introduce(worker, self);
@@ -342,10 +383,7 @@ impl Tasks for Link {
         let publish = async move {
             link.world.trace(|| format!("{}: queues {id}", link.name));
             link.world.streams.tasks.publish(role, &model, &id, payload.clone()).await?;
-            if let (Role::Decode, Ok(task)) = (role, DecodeTask::decode(&payload)) {
-                let log = LogRef { gateway: task.gateway, request: task.request };
-                link.world.record().queued.insert(log);
-            }
+            link.queued(role, &payload);
             Ok(())
         };
         self.carry("publish", publish).await?
@@ -357,26 +395,8 @@ impl Tasks for Link {
         model: &ModelKey,
         wait: Duration,
     ) -> Result<Option<Delivery>, StreamError> {
-        let fate = self.draw();
-        let (wanted, given_up) = oneshot::channel::<()>();
-        let (link, model) = (self.clone(), model.clone());
-        let pull = async move {
-            let pulled = tokio::select! {
-                biased;
-                // Whoever stops listening takes away its interest, and gets nothing more.
-                _ = given_up => return Ok(None),
-                pulled = link.world.streams.tasks.pull(role, &model, wait) => pulled,
-            };
-            if let Ok(Some(delivery)) = &pulled {
-                link.world.trace(|| {
-                    format!("{}: gets {} task, delivery {}", link.name, role.as_str(), delivery.delivery)
-                });
-            }
-            pulled
-        };
-        let pulled = self.send("pull", wait + PATIENCE, fate, pull).await;
-        drop(wanted);
-        pulled?
+        let (backend, model) = (self.world.streams.tasks.clone(), model.clone());
+        self.pulled(role.as_str(), wait, async move { backend.pull(role, &model, wait).await }).await
     }
 
     async fn answer(&self, ack_subject: &str, verdict: Verdict) -> Result<(), StreamError> {
@@ -443,6 +463,89 @@ impl Tasks for Link {
             std::future::ready(!lost)
         };
         Ok(signals.await??.filter(heard).boxed())
+    }
+}
+
+#[async_trait]
+impl OwnQueues for Link {
+    async fn open(&self, owner: &Owner) -> Result<(), StreamError> {
+        let (backend, owner) = (self.world.streams.own_queues.clone(), owner.clone());
+        self.carry("open", async move { backend.open(&owner).await }).await?
+    }
+
+    async fn publish_to(&self, owner: &Owner, dedup_id: &str, payload: Bytes) -> Result<(), EnqueueError> {
+        let (link, owner, id) = (self.clone(), owner.clone(), dedup_id.to_owned());
+        let publish = async move {
+            link.world.trace(|| format!("{}: queues {id} for {}", link.name, owner.worker));
+            link.world.count("routed to a worker");
+            link.world.streams.own_queues.publish_to(&owner, &id, payload.clone()).await?;
+            link.queued(Role::Decode, &payload);
+            Ok(())
+        };
+        self.carry("publish", publish).await?
+    }
+
+    async fn pull_own(&self, owner: &Owner, wait: Duration) -> Result<Option<Delivery>, StreamError> {
+        let (backend, owner) = (self.world.streams.own_queues.clone(), owner.clone());
+        self.pulled("own", wait, async move { backend.pull_own(&owner, wait).await }).await
+    }
+
+    async fn close(&self, owner: &Owner) -> Result<u64, StreamError> {
+        let (link, owner) = (self.clone(), owner.clone());
+        let close = async move {
+            let moved = link.world.streams.own_queues.close(&owner).await;
+            link.world.trace(|| format!("{}: closes the queue of {}: {moved:?}", link.name, owner.worker));
+            moved
+        };
+        self.carry("close", close).await?
+    }
+
+    async fn filled(&self) -> Result<Vec<Owner>, StreamError> {
+        let backend = self.world.streams.own_queues.clone();
+        self.carry("filled", async move { backend.filled().await }).await?
+    }
+}
+
+#[async_trait]
+impl CacheEvents for Link {
+    async fn tell(&self, of: &Owner, event: &CacheEvent, after: u64) -> Result<u64, TellError> {
+        let (backend, of, event) = (self.world.streams.cache_events.clone(), of.clone(), event.clone());
+        self.carry("tell", async move { backend.tell(&of, &event, after).await }).await?
+    }
+
+    async fn told(&self, of: Option<&Owner>, after: u64) -> Result<Vec<Told>, StreamError> {
+        let (link, of) = (self.clone(), of.cloned());
+        let told = async move {
+            let mut events = link.world.streams.cache_events.told(of.as_ref(), after).await?;
+            // A replica that lags lacks the last ones.
+            if !link.world.is_calm() && chance(link.world.weather.stale_read) && !events.is_empty() {
+                link.world.count("stale read");
+                events.truncate(below(events.len() as u64) as usize);
+            }
+            Ok(events)
+        };
+        self.carry("told", told).await?
+    }
+
+    async fn last_told(&self) -> Result<u64, StreamError> {
+        let backend = self.world.streams.cache_events.clone();
+        self.carry("last_told", async move { backend.last_told().await }).await?
+    }
+
+    async fn signs(&self) -> Result<BoxStream<'static, ()>, StreamError> {
+        let backend = self.world.streams.cache_events.clone();
+        let signs = self.carry("signs", async move { backend.signs().await }).await??;
+        let link = self.clone();
+        let heard = move |_: &()| {
+            let lost = !link.passable() || !link.world.is_calm() && chance(link.world.weather.live_lost);
+            std::future::ready(!lost)
+        };
+        Ok(signs.filter(heard).boxed())
+    }
+
+    async fn forget(&self, of: &Owner) -> Result<(), StreamError> {
+        let (backend, of) = (self.world.streams.cache_events.clone(), of.clone());
+        self.carry("forget", async move { backend.forget(&of).await }).await?
     }
 }
 

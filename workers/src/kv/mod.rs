@@ -9,6 +9,7 @@ mod greeting;
 mod lease;
 mod peers;
 mod pool;
+mod publish;
 mod read;
 pub mod shm;
 pub mod tcp;
@@ -17,6 +18,7 @@ pub use cache::{BlockCache, Change, Drained, SlotOf};
 pub use lease::{Leases, Sealed, Word};
 pub use peers::{Choice, KvOptions, KvPeers};
 pub use pool::{Slot, SlotPool};
+pub(crate) use publish::publish;
 pub use read::{KvRead, ReadError, ReadReport, Transport, read_kv};
 
 use forebay_kernels::{Checksum, Region, checksum};

@@ -102,6 +102,7 @@ impl Owner {
             active_tokens: 0,
             draining: false,
             kv_leases: 1,
+            own_queue: false,
         };
         let mut owner = Owner { region, leases, lease, layout, shm: None, tcp: None, folder };
         owner.listen(address);
