@@ -31,7 +31,9 @@ impl Site {
         };
         let (prefill, decode) =
             (network.namespace().expect("as before"), network.namespace().expect("as before"));
-        let deployment = Deployment::start().await;
+        let mut deployment = Deployment::start().await;
+        // Every prompt is to be computed, and its KV to be moved.
+        deployment.set("FOREBAY_CACHE_GIB", "0");
         let nats = Link::at(network.address(), deployment.nats_addresses()).await.expect("a link");
         Some(Site { deployment, nats, prefill, decode, network })
     }
@@ -55,7 +57,7 @@ async fn kv_moves_between_machines_or_is_computed_again() {
     alone.terminate();
     deployment.gone(&alone.id).await;
 
-    let flags = ["--nats", &url];
+    let flags = ["--nats", &url, "--max-local-prefill-length", "0"];
     let (mut decode, prefill) = tokio::join!(
         deployment.worker_in(&site.decode, Role::Decode, &flags),
         deployment.worker_in(&site.prefill, Role::Prefill, &flags),
