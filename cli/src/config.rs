@@ -4,9 +4,10 @@ use anyhow::{Context, bail};
 use clap::Args;
 use forebay_streams::{
     Streams,
+    etcd::Etcd,
     jetstream::{self, Limits, Options},
 };
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -87,6 +88,38 @@ impl AccountArgs {
             limits,
         };
         Ok(jetstream::connect(options).await?)
+    }
+}
+
+/// Where leases of workers and live settings are.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RegistryArgs {
+    /// Where workers' leases and live settings are kept: `nats`, or etcd at
+    /// `etcd://[user:password@]host:port[,host:port…]`. The same for all processes.
+    #[arg(long, env = "FOREBAY_REGISTRY", default_value = NATS, value_name = "WHERE", hide_env_values = true)]
+    registry: String,
+}
+
+const NATS: &str = "nats";
+
+impl RegistryArgs {
+    /// Whether it is not NATS.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.registry != NATS
+    }
+
+    /// Connects to etcd, where leases are to last that long.
+    pub(crate) async fn etcd(&self, lease_time: Duration) -> anyhow::Result<Etcd> {
+        Ok(Etcd::connect(&self.registry, lease_time).await?)
+    }
+
+    /// What is on NATS, with leases and settings where they are kept.
+    pub(crate) async fn apply(&self, streams: Streams) -> anyhow::Result<Streams> {
+        if !self.is_elsewhere() {
+            return Ok(streams);
+        }
+        let etcd = Arc::new(self.etcd(streams.registry.lease_time()).await?);
+        Ok(Streams { registry: etcd.clone(), settings: etcd, ..streams })
     }
 }
 

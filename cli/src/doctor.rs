@@ -1,19 +1,21 @@
 //! `forebay doctor`: what this machine has, and what to do about what it lacks.
 
 use crate::{
-    config::{NatsArgs, data_folder, init_logging, runtime},
+    config::{NatsArgs, RegistryArgs, data_folder, init_logging, runtime},
     model::ModelArgs,
 };
 use clap::Args;
 use forebay_kernels::Region;
-use forebay_streams::server::find_tool;
+use forebay_streams::{registry::Registry, server::find_tool, settings::SettingsStore};
 use forebay_workers::engine::{checkpoint::Checkpoint, library};
-use std::{path::PathBuf, process::Command};
+use std::{path::PathBuf, process::Command, time::Duration};
 
 #[derive(Args, Debug)]
 pub(crate) struct DoctorArgs {
     #[command(flatten)]
     nats: NatsArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
     #[command(flatten)]
     model: ModelArgs,
     /// Folder for unpacked models.
@@ -36,7 +38,8 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
         ("nats-server", nats_program()),
     ];
     let mut problems = 0;
-    for (what, finding) in checks.into_iter().chain([("NATS", nats(args))]) {
+    let registry = args.registry.is_elsewhere().then(|| ("registry", registry(args)));
+    for (what, finding) in checks.into_iter().chain([("NATS", nats(args))]).chain(registry) {
         match finding {
             Ok(text) => println!("ok       {what}: {text}"),
             Err(text) => {
@@ -131,4 +134,16 @@ fn nats(args: &DoctorArgs) -> Finding {
         Ok(()) => Ok(format!("{} serves JetStream, streams and buckets are as needed", args.nats.nats)),
         Err(error) => Err(format!("{error:#}")),
     }
+}
+
+fn registry(args: &DoctorArgs) -> Finding {
+    let check = async {
+        // The time of a lease does not matter for a look.
+        let etcd = args.registry.etcd(Duration::ZERO).await?;
+        let (workers, settings) = (etcd.workers().await?, etcd.watch().await?);
+        anyhow::Ok((workers.borrow().len(), settings.borrow().len()))
+    };
+    let found = runtime(1).map_err(|error| error.to_string())?.block_on(check);
+    let (workers, settings) = found.map_err(|error| format!("{error:#}"))?;
+    Ok(format!("etcd answers: {workers} workers, {settings} settings"))
 }

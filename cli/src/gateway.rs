@@ -1,6 +1,6 @@
 //! `forebay gateway`.
 
-use crate::config::{NatsArgs, end_with_parent, init_logging, runtime, told_to_stop};
+use crate::config::{NatsArgs, RegistryArgs, end_with_parent, init_logging, runtime, told_to_stop};
 use anyhow::Context;
 use clap::Args;
 use forebay_api::{Gateway, GatewayConfig, routing::RoutingMode};
@@ -29,6 +29,8 @@ pub(crate) struct HttpArgs {
 pub(crate) struct GatewayArgs {
     #[command(flatten)]
     nats: NatsArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
     #[command(flatten)]
     http: HttpArgs,
     /// Name in log subjects; drawn if not given. No two running gateways may share one.
@@ -63,6 +65,7 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
             ..GatewayConfig::default()
         };
         let streams = args.nats.connect("gateway", config.gateway.as_str()).await?;
+        let streams = args.registry.apply(streams).await?;
         let gateway = Gateway::start(streams, config).await?;
         listener.set_nonblocking(true)?;
         let listener = TcpListener::from_std(listener)?;

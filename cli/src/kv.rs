@@ -4,9 +4,12 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use forebay_workers::kv::{
     Choice, KvOptions,
-    tcp::{TcpListen, TcpOptions},
+    tcp::{TcpListen, TcpOptions, Tls, TlsFiles},
 };
-use std::net::{SocketAddr, ToSocketAddrs, UdpSocket};
+use std::{
+    net::{SocketAddr, ToSocketAddrs, UdpSocket},
+    path::PathBuf,
+};
 
 /// Transports by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -34,6 +37,16 @@ pub(crate) struct KvArgs {
     #[arg(long, env = "FOREBAY_KV_STREAMS", default_value_t = TcpOptions::default().streams as u32, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=4))]
     kv_streams: u32,
+    /// This worker's certificate for the name `forebay-worker`, in PEM: KV over TCP is then encrypted, and both sides
+    /// must show one of the same authority.
+    #[arg(long, env = "FOREBAY_KV_TLS_CERT", value_name = "FILE", requires = "kv_tls_key")]
+    kv_tls_cert: Option<PathBuf>,
+    /// The certificate's private key, in PEM.
+    #[arg(long, env = "FOREBAY_KV_TLS_KEY", value_name = "FILE", requires = "kv_tls_ca")]
+    kv_tls_key: Option<PathBuf>,
+    /// The authority's certificate, in PEM.
+    #[arg(long, env = "FOREBAY_KV_TLS_CA", value_name = "FILE", requires = "kv_tls_cert")]
+    kv_tls_ca: Option<PathBuf>,
 }
 
 impl KvArgs {
@@ -49,8 +62,16 @@ impl KvArgs {
             (_, Some(address)) => Some(address),
             (_, None) => Some(address_towards(nats).context("finding an address for --kv-listen")?),
         };
-        let listen = listen.map(|address| TcpListen { address, advertise: self.kv_advertise.clone() });
-        Ok(KvOptions { choice, listen, tcp: TcpOptions { streams: self.kv_streams as usize } })
+        let tls =
+            self.tls_files().map(|files| Tls::load(&files)).transpose().context("TLS between workers")?;
+        let advertise = self.kv_advertise.clone();
+        let listen = listen.map(|address| TcpListen { address, advertise, tls: tls.clone() });
+        Ok(KvOptions { choice, listen, tcp: TcpOptions { streams: self.kv_streams as usize, tls } })
+    }
+
+    fn tls_files(&self) -> Option<TlsFiles> {
+        let (certificate, key) = (self.kv_tls_cert.clone()?, self.kv_tls_key.clone()?);
+        Some(TlsFiles { certificate, key, authorities: self.kv_tls_ca.clone()? })
     }
 }
 

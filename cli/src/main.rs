@@ -15,6 +15,7 @@ mod model;
 mod replay;
 mod request;
 mod route;
+mod settings;
 mod show;
 mod tail;
 mod up;
@@ -64,6 +65,8 @@ enum Command {
     Cancel(cancel::CancelArgs),
     /// Look at requests that no worker could do, and try them again.
     Dlq(dlq::DlqArgs),
+    /// Look at live settings, and change them for everything that runs.
+    Config(settings::ConfigArgs),
     /// Check this machine, the NATS server and a model, and say what to do about problems.
     Doctor(doctor::DoctorArgs),
     /// Measure: the control plane, the engine, KV reads, or any OpenAI-compatible server.
@@ -100,6 +103,7 @@ fn run(command: Command, settings: Vec<(String, String)>) -> anyhow::Result<()> 
         Command::Route(args) => route::run(&args),
         Command::Cancel(args) => cancel::run(&args),
         Command::Dlq(args) => dlq::run(&args),
+        Command::Config(args) => settings::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(args),
     }

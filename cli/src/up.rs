@@ -2,7 +2,7 @@
 
 use crate::{
     ask,
-    config::{AccountArgs, data_folder, init_logging, runtime, told_to_stop},
+    config::{AccountArgs, RegistryArgs, data_folder, init_logging, runtime, told_to_stop},
     gateway::{HttpArgs, listen},
     model::ModelArgs,
     worker::WorkArgs,
@@ -70,6 +70,8 @@ pub(crate) struct UpArgs {
     nats_server: Option<PathBuf>,
     #[command(flatten)]
     account: AccountArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
     /// Folder for streams, logs and unpacked models. Default: $XDG_DATA_HOME/forebay or ~/.local/share/forebay.
     #[arg(long, env = "FOREBAY_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
@@ -209,6 +211,7 @@ fn compute_share(args: &UpArgs) -> Option<(String, String)> {
 async fn greet(args: &UpArgs, place: &Place) -> anyhow::Result<()> {
     let begun = Instant::now();
     let streams = args.account.connect(&place.url, "up", "up").await?;
+    let streams = args.registry.apply(streams).await?;
     let (address, data) = (place.address, &place.data);
     tokio::time::timeout(READY_TIMEOUT, async {
         workers_ready(&streams, args, begun).await?;

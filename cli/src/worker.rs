@@ -1,7 +1,7 @@
 //! `forebay worker`.
 
 use crate::{
-    config::{NatsArgs, data_folder, end_with_parent, init_logging, runtime, told_to_stop},
+    config::{NatsArgs, RegistryArgs, data_folder, end_with_parent, init_logging, runtime, told_to_stop},
     kv::KvArgs,
     model::ModelArgs,
 };
@@ -58,6 +58,8 @@ pub(crate) struct WorkerArgs {
     #[command(flatten)]
     nats: NatsArgs,
     #[command(flatten)]
+    registry: RegistryArgs,
+    #[command(flatten)]
     model: ModelArgs,
     /// Sequences that the worker holds at once. Default: 8 to decode, 4 to prefill.
     #[arg(long, env = "FOREBAY_SLOTS", value_name = "N")]
@@ -109,7 +111,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     };
     let runtime = runtime(2)?;
     runtime.block_on(async move {
-        let streams = args.nats.connect("worker", role.as_str()).await?;
+        let streams = args.registry.apply(args.nats.connect("worker", role.as_str()).await?).await?;
         let card = text.card(&model.name, engine.card(), &streams).await?;
         let stop = CancellationToken::new();
         let stopping = stop.clone();

@@ -51,7 +51,7 @@ pub const SETTINGS: [Setting; 6] = [
     Setting {
         key: "step_tokens",
         meaning: "tokens of one step of a decode worker while sequences decode, prefill included",
-        otherwise: "the worker's own",
+        otherwise: "each worker's --step-tokens",
         bounds: STEP,
     },
 ];

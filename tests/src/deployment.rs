@@ -4,6 +4,7 @@ use crate::{
     PATIENCE,
     client::{Answer, Client},
     files, invariants,
+    namespaces::Namespace,
     process::{POLL, Process, Watchdog},
     soon,
 };
@@ -16,6 +17,7 @@ use forebay_schemas::{
 use forebay_streams::{
     Streams,
     environment::off_thread,
+    etcd::Etcd,
     jetstream::{self, Limits, Options},
     log::Recorded,
     registry::Workers,
@@ -179,6 +181,15 @@ impl Deployment {
         self.settings.push((name.to_owned(), value.to_owned()));
     }
 
+    /// Keeps leases and settings there, as `--registry` takes it, for all processes that are started from now on.
+    pub async fn keep_registry_at(&mut self, url: &str) {
+        let etcd = Etcd::connect(url, LEASE).await.expect("etcd answers");
+        let etcd = Arc::new(etcd);
+        self.streams = Streams { registry: etcd.clone(), settings: etcd, ..self.streams.clone() };
+        self.workers = self.streams.registry.workers().await.expect("the registry can be followed");
+        self.set("FOREBAY_REGISTRY", url);
+    }
+
     /// Where NATS is.
     pub fn nats_url(&self) -> String {
         self.nats().url()
@@ -247,8 +258,20 @@ impl Deployment {
 
     /// Starts a worker, with these flags besides, and waits until the registry has it.
     pub async fn worker(&self, role: Role, flags: &[&str]) -> Worker {
-        let arguments = [&["worker", "--role", role.as_str()], flags].concat();
-        let mut process = self.launch(role.as_str(), &arguments);
+        self.started(role, self.worker_command(role, flags)).await
+    }
+
+    /// The same, on a machine of its own as far as the network tells.
+    pub async fn worker_in(&self, namespace: &Namespace, role: Role, flags: &[&str]) -> Worker {
+        self.started(role, namespace.within(&self.worker_command(role, flags))).await
+    }
+
+    fn worker_command(&self, role: Role, flags: &[&str]) -> Command {
+        self.command(&[&["worker", "--role", role.as_str()], flags].concat())
+    }
+
+    async fn started(&self, role: Role, mut command: Command) -> Worker {
+        let mut process = self.launch_with(role.as_str(), &mut command);
         let line = process.says(" worker=").await;
         let id = line.split(" worker=").nth(1).and_then(|rest| rest.split_whitespace().next());
         let id: WorkerId = id.and_then(|id| id.parse().ok()).expect("an id follows");

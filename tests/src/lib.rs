@@ -5,8 +5,10 @@
 pub mod chaos;
 pub mod client;
 pub mod deployment;
+pub mod etcd;
 pub mod files;
 pub mod invariants;
+pub mod namespaces;
 pub mod process;
 pub mod python;
 pub mod simulation;

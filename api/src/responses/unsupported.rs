@@ -6,7 +6,7 @@ use serde_json::Value;
 
 /// Fields that are not served at all, of OpenAI and of vLLM, and fields of chats that somebody may try here. What is
 /// neither here nor below (`user`, `service_tier`, a field that nobody knows) does not change an answer.
-const UNSERVED: [&str; 17] = [
+const UNSERVED: [&str; 16] = [
     "conversation",
     "prompt",
     "reasoning",
@@ -22,7 +22,6 @@ const UNSERVED: [&str; 17] = [
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
-    "cache_salt",
     "n",
 ];
 

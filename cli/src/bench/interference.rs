@@ -55,7 +55,7 @@ pub(crate) fn run(args: &InterferenceArgs) -> anyhow::Result<()> {
     let folder = args.model.clone().map_or_else(random_model, Ok)?.display().to_string();
     let model = ["--model", &folder, "--weights", "int4", "--threads", "1"].map(str::to_owned).to_vec();
     // Words are tokens with the random checkpoint's tokenizer, for the simulated engine too.
-    engines[0].1.extend(["--model".to_owned(), folder.clone()]);
+    engines[0].1.extend(["--model".to_owned(), folder]);
     if !args.sim_only {
         engines.push(("Qwen3-0.6B's shape, one core each", model));
     }

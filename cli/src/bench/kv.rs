@@ -1,26 +1,23 @@
-//! Reading KV from a worker on the same host, against a plain copy of as many bytes.
+//! Reading KV from another worker, over each transport, against a plain copy of as many bytes over the same way.
+
+mod owner;
+mod plain;
 
 use super::median;
 use clap::Args;
 use forebay_kernels::{Region, copy_summed};
-use forebay_schemas::{
-    card::WorkerLease,
-    ids::{ModelKey, WorkerId},
-    kv::{KvDtype, KvGeometry, KvHandle, KvLayout, LayoutHash, TokenRange},
-    task::Role,
-};
-use forebay_workers::kv::{KvOptions, KvPeers, Leases, Sealed, read_kv, shm, sums};
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use forebay_schemas::kv::{KvDtype, KvGeometry, KvLayout, TokenRange};
+use forebay_workers::kv::{Choice, KvOptions, KvPeers, read_kv, tcp::TcpOptions};
+use owner::{HASH, Owner};
+use plain::{Feed, MemoryCopy};
+use std::time::Instant;
 
 #[derive(Args, Debug)]
 pub(crate) struct KvArgs {
     /// MB of KV that are read at once.
     #[arg(long, default_value_t = 256, value_name = "MB")]
     megabytes: usize,
-    /// Reads, each between two plain copies.
+    /// Reads of each kind, taken in turns.
     #[arg(long, default_value_t = 9, value_name = "N")]
     repeats: usize,
 }
@@ -32,132 +29,134 @@ impl Default for KvArgs {
 }
 
 /// Qwen3-0.6B in fp32.
-const GEOMETRY: KvGeometry = KvGeometry { layers: 28, kv_heads: 8, head_dim: 128, dtype: KvDtype::F32 };
+const LARGE: KvGeometry = KvGeometry { layers: 28, kv_heads: 8, head_dim: 128, dtype: KvDtype::F32 };
 
-const HASH: LayoutHash = LayoutHash(1);
+/// The built-in model in fp32: 4 KiB a token.
+const SMALL: KvGeometry = KvGeometry { layers: 4, kv_heads: 4, head_dim: 32, dtype: KvDtype::F32 };
+
+/// Tokens of the small read: 64 KiB.
+const SMALL_TOKENS: u32 = 16;
+
+/// Small reads are taken this many times as often: each is soon over.
+const SMALL_REPEATS: usize = 100;
 
 pub(crate) fn run(args: &KvArgs) -> anyhow::Result<()> {
-    let count = (args.megabytes * 1_000_000 / GEOMETRY.bytes_per_token()).max(1) as u32;
-    let layout = KvLayout { geometry: GEOMETRY, slots: 1, positions: count };
-    let tokens = TokenRange { start: 0, count };
-    let owner = Owner::start(layout)?;
-    let into = Region::create("bench-reader", layout.region_bytes())?;
-    let peers = KvPeers::new(HASH, &KvOptions::default());
-    let mut memcpy = PlainCopy::new(layout.region_bytes());
-    let (mut copies, mut plain, mut checked) = (Vec::new(), Vec::new(), Vec::new());
-    println!(
-        "\n# KV read: {:.0} MB ({count} tokens of Qwen3-0.6B in fp32), one thread\n",
-        layout.region_bytes() as f64 / 1e6
-    );
-    for repeat in 0..=args.repeats {
-        let copy = memcpy.seconds();
-        let unchecked = timed(|| copy_pieces(&owner.region, &into, &layout, tokens));
-        let (handle, sealed) = owner.seal(tokens);
-        let transport = peers.transport(&handle, Some(&owner.lease))?;
-        let begun = Instant::now();
-        read_kv(&*transport, &[handle], &into, &layout, 0)?;
-        let read = begun.elapsed().as_secs_f64();
-        drop(sealed);
-        // The first round maps the peer and touches every page.
-        if repeat > 0 {
-            copies.push(copy);
-            plain.push(unchecked);
-            checked.push(read);
-        }
-    }
+    let count = (args.megabytes * 1_000_000 / LARGE.bytes_per_token()).max(1) as u32;
+    let layout = KvLayout { geometry: LARGE, slots: 1, positions: count };
     let bytes = layout.region_bytes() as f64;
-    let base = median(copies);
-    let row = |what: &str, seconds: f64| {
-        println!("{what:<42} {:>8.2} GB/s   {:>5.2} of memcpy", bytes / seconds / 1e9, base / seconds);
-    };
-    row("memcpy", base);
-    row("shm read, pieces only", median(plain));
-    row("shm read, lease + pieces + checksums", median(checked));
+    println!("\n# KV read: {:.0} MB ({count} tokens of Qwen3-0.6B in fp32)\n", bytes / 1e6);
+    let [memory, socket] = ["memcpy", "socket"];
+    for Row { what, than, seconds, base } in measure(layout, args.repeats)? {
+        let than = if than == Than::Memory { memory } else { socket };
+        println!("{what:<44} {:>8.2} GB/s   {:>5.2} of {than}", bytes / seconds / 1e9, base / seconds);
+    }
+    let layout = KvLayout { geometry: SMALL, slots: 1, positions: SMALL_TOKENS };
+    println!("\n# KV read: 64 KiB ({SMALL_TOKENS} tokens of the built-in model in fp32)\n");
+    for Row { what, seconds, .. } in measure(layout, args.repeats * SMALL_REPEATS)? {
+        println!("{what:<44} {:>8.1} µs", seconds * 1e6);
+    }
     Ok(())
 }
 
-/// A copy between two plain buffers, as fast as one thread copies.
-struct PlainCopy {
-    from: Vec<u8>,
-    into: Vec<u8>,
+/// What a read is compared with.
+#[derive(Clone, Copy, PartialEq)]
+enum Than {
+    Memory,
+    Socket,
 }
 
-impl PlainCopy {
-    fn new(bytes: usize) -> PlainCopy {
-        PlainCopy { from: vec![1; bytes], into: vec![2; bytes] }
-    }
+struct Row {
+    what: String,
+    than: Than,
+    /// Median.
+    seconds: f64,
+    /// Median of what it is compared with.
+    base: f64,
+}
 
-    fn seconds(&mut self) -> f64 {
-        let (from, into) = (std::hint::black_box(&self.from), std::hint::black_box(&mut self.into));
-        timed(|| into.copy_from_slice(from))
+/// One way to move the bytes: returns the seconds that it took.
+type Move<'a> = Box<dyn FnMut() -> anyhow::Result<f64> + 'a>;
+
+fn measure(layout: KvLayout, repeats: usize) -> anyhow::Result<Vec<Row>> {
+    let tokens = TokenRange { start: 0, count: layout.positions };
+    let owner = Owner::start(layout)?;
+    let into = Region::create("bench-reader", layout.region_bytes())?;
+    let mut memory = MemoryCopy::new(layout.region_bytes());
+    let mut plain = Feed::of_bytes(layout.region_bytes())?;
+    let (region, pieces) = (owner.region.clone(), all_pieces(&layout, tokens));
+    let mut received = vec![0; layout.region_bytes()];
+    let (owner, into) = (&owner, &into);
+    let mut moves: Vec<(String, Than, Move<'_>)> = vec![
+        ("memcpy".into(), Than::Memory, Box::new(|| Ok(memory.seconds()))),
+        (
+            "shm: pieces only".into(),
+            Than::Memory,
+            Box::new(|| {
+                Ok(timed(|| {
+                    for (offset, bytes) in &pieces {
+                        copy_summed((&region, *offset), (into, *offset), *bytes, None);
+                    }
+                }))
+            }),
+        ),
+        ("shm: lease, pieces, checksums".into(), Than::Memory, reading(owner, into, Choice::Shm, 1)),
+        (
+            "socket: one thread writes, one reads".into(),
+            Than::Socket,
+            Box::new(|| plain.seconds(|socket| std::io::Read::read_exact(socket, &mut received))),
+        ),
+    ];
+    for streams in [1, 2] {
+        let what =
+            format!("tcp: lease, pieces, checksums, {streams} stream{}", if streams > 1 { "s" } else { "" });
+        moves.push((what, Than::Socket, reading(owner, into, Choice::Tcp, streams)));
     }
+    let mut taken = vec![Vec::new(); moves.len()];
+    for repeat in 0..=repeats {
+        for ((_, _, run), taken) in moves.iter_mut().zip(&mut taken) {
+            let seconds = run()?;
+            // The first round connects, maps and touches every page.
+            if repeat > 0 {
+                taken.push(seconds);
+            }
+        }
+    }
+    let medians: Vec<f64> = taken.into_iter().map(median).collect();
+    let base = |than| {
+        let at =
+            moves.iter().position(|(_, kind, _)| *kind == than).expect("the first of its kind is the base");
+        medians[at]
+    };
+    let rows = moves.iter().zip(&medians).map(|((what, than, _), seconds)| Row {
+        what: what.clone(),
+        than: *than,
+        seconds: *seconds,
+        base: base(*than),
+    });
+    Ok(rows.collect())
+}
+
+/// A whole read, as a decode worker does it.
+fn reading<'a>(owner: &'a Owner, into: &'a Region, choice: Choice, streams: usize) -> Move<'a> {
+    let options = KvOptions { choice, tcp: TcpOptions { streams, tls: None }, ..KvOptions::default() };
+    let peers = KvPeers::new(HASH, &options);
+    Box::new(move || {
+        let (handle, sealed) = owner.seal();
+        let transport = peers.transport(&handle, Some(&owner.lease))?;
+        let begun = Instant::now();
+        read_kv(&*transport, &[handle], into, &owner.layout, 0)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        drop(sealed);
+        Ok(seconds)
+    })
+}
+
+fn all_pieces(layout: &KvLayout, tokens: TokenRange) -> Vec<(usize, usize)> {
+    layout.pieces(0, tokens, 0..layout.geometry.layers * 2).collect()
 }
 
 fn timed(run: impl FnOnce()) -> f64 {
     let begun = Instant::now();
     run();
     begun.elapsed().as_secs_f64()
-}
-
-fn copy_pieces(from: &Region, into: &Region, layout: &KvLayout, tokens: TokenRange) {
-    for (offset, bytes) in layout.pieces(0, tokens, 0..layout.geometry.layers * 2) {
-        copy_summed((from, offset), (into, offset), bytes, None);
-    }
-}
-
-/// The worker that holds the KV. In this process, but reached as from any other: by its socket and descriptors.
-struct Owner {
-    region: Arc<Region>,
-    layout: KvLayout,
-    leases: Leases,
-    lease: WorkerLease,
-    _socket: shm::ShmOwner,
-}
-
-impl Owner {
-    fn start(layout: KvLayout) -> anyhow::Result<Owner> {
-        let region = Arc::new(Region::create("bench-owner", layout.region_bytes())?);
-        let block: Vec<u8> = (0..1 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-        for offset in (0..layout.region_bytes()).step_by(block.len()) {
-            region.write(offset, &block[..block.len().min(layout.region_bytes() - offset)]);
-        }
-        let leases = Leases::create(1)?;
-        let worker = WorkerId::random("bench");
-        let kv = (region.clone(), layout, HASH);
-        let socket = shm::ShmOwner::listen(&std::env::temp_dir(), &worker, 1, kv, leases.clone())?;
-        let lease = WorkerLease {
-            worker,
-            incarnation: 1,
-            role: Role::Prefill,
-            model: ModelKey::of("bench"),
-            layout_hash: HASH,
-            slots: 1,
-            free_slots: 0,
-            host: shm::host_id(),
-            kv_socket: socket.path().display().to_string(),
-            kv_tcp: None,
-            active_tokens: 0,
-            draining: false,
-            kv_leases: 0,
-            own_queue: false,
-        };
-        Ok(Owner { region, layout, leases, lease, _socket: socket })
-    }
-
-    fn seal(&self, tokens: TokenRange) -> (KvHandle, Sealed) {
-        let sealed = self.leases.seal(0, Duration::from_secs(60));
-        let handle = KvHandle {
-            agent: self.lease.worker.clone(),
-            incarnation: 1,
-            layout: self.layout,
-            layout_hash: HASH,
-            slot: 0,
-            generation: sealed.generation(),
-            tokens,
-            checksums: sums(&self.region, &self.layout, 0, tokens),
-            lease_remaining_ms: 60_000,
-            capability: sealed.capability(),
-        };
-        (handle, sealed)
-    }
 }

@@ -75,6 +75,9 @@ pub struct ResponsesRequest {
     /// Only an empty list is served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub include: Option<Vec<Value>>,
+    /// vLLM's extension: KV of prefixes is shared only between requests of equal salts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_salt: Option<String>,
     /// Everything else.
     #[serde(flatten)]
     pub others: Map<String, Value>,

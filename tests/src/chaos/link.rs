@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -34,7 +35,7 @@ pub enum Weather {
 /// A relay on a port of its own, gone when dropped.
 #[derive(Debug)]
 pub struct Link {
-    port: u16,
+    address: SocketAddr,
     weather: watch::Sender<Weather>,
     accepting: JoinHandle<()>,
 }
@@ -42,16 +43,21 @@ pub struct Link {
 impl Link {
     /// To one of these addresses (`host:port`): the next that answers, if there are several.
     pub async fn to(servers: Vec<String>) -> io::Result<Link> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-        let port = listener.local_addr()?.port();
+        Link::at(Ipv4Addr::LOCALHOST, servers).await
+    }
+
+    /// The same, for processes that know this machine by another address.
+    pub async fn at(address: Ipv4Addr, servers: Vec<String>) -> io::Result<Link> {
+        let listener = TcpListener::bind((address, 0)).await?;
+        let address = listener.local_addr()?;
         let (weather, _) = watch::channel(Weather::Fair);
         let accepting = tokio::spawn(accept(listener, servers.into(), weather.clone()));
-        Ok(Link { port, weather, accepting })
+        Ok(Link { address, weather, accepting })
     }
 
     /// Where a process is to connect.
     pub fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
+        format!("nats://{}", self.address)
     }
 
     /// Changes the weather.
@@ -147,7 +153,7 @@ mod tests {
         });
         // The first does not answer: the second is taken.
         let link = Link::to(vec!["127.0.0.1:1".to_owned(), server]).await.unwrap();
-        let connect = || TcpStream::connect(("127.0.0.1", link.port));
+        let connect = || TcpStream::connect(link.address);
         let mut stream = connect().await.unwrap();
         assert_eq!(says(&mut stream, b"fair").await.unwrap(), b"fair");
         link.set(Weather::Still);

@@ -121,7 +121,9 @@ impl Attempt<'_> {
                     writer.append(Body::KvTransferred(transferred)).await?;
                     return Ok(Start::Filled { filled, cached: 0 });
                 }
-                Err(error) => drop(self.lost(writer, output, error.to_string(), 0, 0).await?),
+                Err(error) => {
+                    self.lost(writer, output, error.to_string(), 0, 0).await?;
+                }
             }
         }
         let cached = self.worker.load_prefix(self.slot, writer.state()).await;

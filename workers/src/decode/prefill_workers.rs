@@ -29,9 +29,7 @@ pub(crate) async fn watch_queue(worker: Arc<Worker>) {
         match worker.streams.tasks.depth(Role::Prefill, &worker.model.key).await {
             // Those being computed are not counted: they hold up nobody but themselves.
             Ok(depth) => worker.prefill_queue.0.store(depth.pending, Ordering::Relaxed),
-            Err(error) => {
-                tracing::debug!(%error, "the prefill queue's depth is not known; the last one counts")
-            }
+            Err(error) => tracing::debug!(%error, "the prefill queue can't be counted; the last count stays"),
         }
         sleep(DEPTH_POLL).await;
     }

@@ -46,7 +46,7 @@ pub struct KvPeers {
 impl KvPeers {
     /// No peer known yet; all must have this layout hash.
     pub fn new(layout_hash: LayoutHash, options: &KvOptions) -> KvPeers {
-        let (shm, tcp) = (ShmPeers::default(), TcpPeers::new(options.tcp));
+        let (shm, tcp) = (ShmPeers::default(), TcpPeers::new(options.tcp.clone()));
         KvPeers { shm, tcp, choice: options.choice, layout_hash }
     }
 

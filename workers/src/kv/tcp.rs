@@ -11,11 +11,14 @@ mod connection;
 mod link;
 mod owner;
 mod peers;
+mod pool;
 mod serve;
+mod tls;
 mod wire;
 
 pub use owner::{TcpListen, TcpOwner};
 pub use peers::TcpPeers;
+pub use tls::{TLS_NAME, Tls, TlsError, TlsFiles};
 
 use std::time::Duration;
 
@@ -25,6 +28,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long either side waits for bytes, or for room for them, in the middle of something.
 const IO_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a reader waits for word that a lease was given back.
+const BRIEF_TIMEOUT: Duration = Duration::from_millis(250);
+
 /// How long an owner keeps a connection on which nothing is asked.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
@@ -32,14 +38,17 @@ const IDLE_MAX: Duration = Duration::from_secs(60);
 const IDLE_USE_MAX: Duration = Duration::from_secs(45);
 
 /// How `tcp` reads.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TcpOptions {
-    /// Connections that one large read uses at once: 1 to 4.
+    /// Connections that one large read uses at once: 1 to 4. One is enough where cores are scarce, and as fast over
+    /// loopback; a network that limits each connection may want more.
     pub streams: usize,
+    /// Encrypts, and tells own workers from others; both sides must have it, or none.
+    pub tls: Option<Tls>,
 }
 
 impl Default for TcpOptions {
     fn default() -> Self {
-        TcpOptions { streams: 2 }
+        TcpOptions { streams: 1, tls: None }
     }
 }

@@ -9,7 +9,7 @@ use forebay_schemas::{
 };
 use forebay_workers::kv::{
     Choice, KvOptions, KvPeers, Leases, ReadError, Sealed, Transport, read_kv, shm, sums,
-    tcp::{TcpListen, TcpOptions, TcpOwner},
+    tcp::{TcpListen, TcpOptions, TcpOwner, Tls},
 };
 use std::{
     net::SocketAddr,
@@ -59,7 +59,7 @@ impl Way {
             Way::Shm => Choice::Shm,
             Way::Tcp => Choice::Tcp,
         };
-        KvOptions { choice, listen: None, tcp: TcpOptions { streams: 3 } }
+        KvOptions { choice, listen: None, tcp: TcpOptions { streams: 3, tls: None } }
     }
 }
 
@@ -111,12 +111,16 @@ impl Owner {
 
     /// Begins to serve, in the stead of what it served before.
     pub(crate) fn listen(&mut self, address: SocketAddr) {
+        self.listen_with(address, None);
+    }
+
+    pub(crate) fn listen_with(&mut self, address: SocketAddr, tls: Option<Tls>) {
         (self.shm, self.tcp) = (None, None);
         let kv = (self.region.clone(), self.layout, HASH);
         let WorkerLease { worker, incarnation, .. } = &self.lease;
         let shm = shm::ShmOwner::listen(&self.folder, worker, *incarnation, kv.clone(), self.leases.clone())
             .unwrap();
-        let listen = TcpListen { address, advertise: None };
+        let listen = TcpListen { address, advertise: None, tls };
         let tcp = TcpOwner::listen(&listen, worker, *incarnation, kv, self.leases.clone()).unwrap();
         self.lease.kv_socket = shm.path().display().to_string();
         self.lease.kv_tcp = Some(tcp.advertised().to_owned());

@@ -1,8 +1,9 @@
 //! One connection as its reader uses it.
 
 use super::{
-    CONNECT_TIMEOUT, IO_TIMEOUT,
+    BRIEF_TIMEOUT, CONNECT_TIMEOUT, IO_TIMEOUT,
     link::Link,
+    tls::Tls,
     wire::{ANSWER_BYTES, Answer, GATHER_BELOW, MAGIC, Operation, Request, frames},
 };
 use crate::kv::greeting::Greeting;
@@ -48,8 +49,8 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Connects to `host:port`, and makes sure that it is the owner that is meant.
-    pub(super) fn open(address: &str, meant: &Greeting) -> Result<Connection, Failure> {
-        let mut link = Link::over(connect(address)?)?;
+    pub(super) fn open(address: &str, meant: &Greeting, tls: Option<&Tls>) -> Result<Connection, Failure> {
+        let mut link = Link::connected(connect(address)?, tls)?;
         let greeting = serde_json::to_vec(meant).expect("plain data always encodes");
         let length = (greeting.len() as u32).to_le_bytes();
         link.patience(CONNECT_TIMEOUT)?;
@@ -64,6 +65,14 @@ impl Connection {
     pub(super) fn ask(&mut self, operation: Operation, handle: &KvHandle) -> Result<u64, Failure> {
         self.link.send(&Request::new(operation, handle).encode(), false)?;
         self.answer()
+    }
+
+    /// Asks for what is not worth waiting for: a reader that is done may be in a hurry.
+    pub(super) fn ask_briefly(&mut self, operation: Operation, handle: &KvHandle) -> Result<u64, Failure> {
+        self.link.patience(BRIEF_TIMEOUT)?;
+        let answer = self.ask(operation, handle);
+        self.link.patience(IO_TIMEOUT)?;
+        answer
     }
 
     /// Reads these planes of the handle's tokens, and returns the sum of the bytes as stored.

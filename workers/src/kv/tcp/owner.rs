@@ -1,6 +1,6 @@
 //! The owner's side: listens, and serves each connection on a thread of its own.
 
-use super::{CONNECT_TIMEOUT, link::Link, serve::Served, wire::Answer};
+use super::{CONNECT_TIMEOUT, link::Link, serve::Served, tls::Tls, wire::Answer};
 use crate::kv::{greeting::Greeting, lease::Leases};
 use forebay_kernels::Region;
 use forebay_schemas::{
@@ -41,6 +41,8 @@ pub struct TcpListen {
     pub address: SocketAddr,
     /// What peers are told instead, as `host` or `host:port`: for addresses that are translated on the way.
     pub advertise: Option<String>,
+    /// Required of readers, if there is any.
+    pub tls: Option<Tls>,
 }
 
 /// Those that are open, so that they can be ended.
@@ -71,7 +73,7 @@ impl TcpOwner {
         };
         let (region, layout, layout_hash) = kv;
         let greeting = Greeting { worker: worker.clone(), incarnation, layout, layout_hash };
-        let served = Arc::new(Served { greeting, region, leases });
+        let served = Arc::new(Served { greeting, region, leases, tls: listen.tls.clone() });
         let owner =
             TcpOwner { listener, advertised, over: Arc::default(), connections: Connections::default() };
         let (listener, over, connections) =
@@ -117,28 +119,37 @@ impl Drop for TcpOwner {
 
 impl Connections {
     fn serve(&self, stream: TcpStream, served: &Arc<Served>, clock: Option<&Handle>) {
-        let (this, served, clock) = (self.clone(), served.clone(), clock.cloned());
-        let begun = self.enter(&stream).and_then(|entered| {
-            std::thread::Builder::new().name("kv-tcp-peer".into()).spawn(move || {
-                let _clock = clock.as_ref().map(Handle::enter);
-                let outcome = Link::over(stream).and_then(|mut link| {
-                    link.patience(CONNECT_TIMEOUT)?;
-                    match entered {
-                        Some(_) => served.serve(&mut link),
-                        None => link.send(&Answer::Busy.encode(), false),
-                    }
-                });
-                if let Err(error) = outcome {
-                    tracing::debug!(%error, "a reader's connection ended");
-                }
-                if let Some(number) = entered {
-                    this.leave(number);
-                }
-            })
-        });
+        let begun = match self.enter(&stream) {
+            Ok(Some(number)) => self.begin(number, stream, served.clone(), clock.cloned()),
+            Ok(None) => turn_away(stream, served),
+            Err(error) => Err(error),
+        };
         if let Err(error) = begun {
             tracing::warn!(%error, "a reader's connection was not served");
         }
+    }
+
+    fn begin(
+        &self,
+        number: u64,
+        stream: TcpStream,
+        served: Arc<Served>,
+        clock: Option<Handle>,
+    ) -> io::Result<()> {
+        let this = self.clone();
+        let serve = move || {
+            let _clock = clock.as_ref().map(Handle::enter);
+            let outcome = Link::accepted(stream, served.tls.as_ref()).and_then(|mut link| {
+                link.patience(CONNECT_TIMEOUT)?;
+                served.serve(&mut link)
+            });
+            if let Err(error) = outcome {
+                tracing::debug!(%error, "a reader's connection ended");
+            }
+            this.leave(number);
+        };
+        let begun = std::thread::Builder::new().name("kv-tcp-peer".into()).spawn(serve);
+        begun.map(drop).inspect_err(|_| self.leave(number))
     }
 
     /// Notes a connection. None if there are too many.
@@ -160,6 +171,14 @@ impl Connections {
         for stream in self.0.lock().expect("no panics while held").1.values() {
             let _ = stream.shutdown(Shutdown::Both);
         }
+    }
+}
+
+/// Says why, where that takes no time: a fresh socket has room for so little.
+fn turn_away(stream: TcpStream, served: &Served) -> io::Result<()> {
+    match served.tls {
+        Some(_) => Ok(()),
+        None => Link::accepted(stream, None)?.send(&Answer::Busy.encode(), false),
     }
 }
 

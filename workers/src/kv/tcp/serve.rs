@@ -3,6 +3,7 @@
 use super::{
     IDLE_MAX, IO_TIMEOUT,
     link::Link,
+    tls::Tls,
     wire::{ANSWER_BYTES, Answer, GATHER_BELOW, MAGIC, Operation, REQUEST_BYTES, Request, frames},
 };
 use crate::kv::{
@@ -23,6 +24,7 @@ pub(super) struct Served {
     pub(super) greeting: Greeting,
     pub(super) region: Arc<Region>,
     pub(super) leases: Leases,
+    pub(super) tls: Option<Tls>,
 }
 
 impl Served {
