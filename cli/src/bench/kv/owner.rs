@@ -53,6 +53,7 @@ impl Owner {
             active_tokens: 0,
             draining: false,
             kv_leases: 0,
+            own_queue: false,
         };
         let tokens = TokenRange { start: 0, count: layout.positions };
         let checksums = sums(&region, &layout, 0, tokens);
