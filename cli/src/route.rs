@@ -50,7 +50,7 @@ pub(crate) fn run(args: &RouteArgs) -> anyhow::Result<()> {
     if args.json {
         return print(&serde_json::to_string(&explanation)?);
     }
-    table(&explanation).iter().try_for_each(|line| print(line))
+    table(&explanation).iter().try_for_each(print)
 }
 
 fn table(explanation: &Explanation) -> Vec<String> {
