@@ -54,7 +54,6 @@ impl Owner {
             own_queue: false,
             draining: false,
             kv_leases: 0,
-            own_queue: false,
         };
         let tokens = TokenRange { start: 0, count: layout.positions };
         let checksums = sums(&region, &layout, 0, tokens);
