@@ -126,7 +126,7 @@ impl BlockCache {
     }
 }
 
-/// Copies a block's tokens from one position to another, and returns the sum of what was stored there.
+/// Copies a block's tokens from one position to another, and returns the sum of its bytes.
 fn copy(from: (SlotOf<'_>, u32), into: (SlotOf<'_>, u32)) -> u64 {
     let pieces = |(of, start): (SlotOf<'_>, u32)| {
         let planes = 0..of.layout.geometry.layers * 2;
