@@ -64,17 +64,18 @@ fn table(explanation: &Explanation) -> Vec<String> {
         ),
         String::new(),
         format!(
-            "  {:<20} {:>6} {:>8} {:>8} {:>7} {:>6} {:>9}",
-            "worker", "hit", "prefill", "KV load", "active", "free", "cost"
+            "  {:<20} {:>6} {:>8} {:>8} {:>8} {:>7} {:>6} {:>9}",
+            "worker", "hit", "prefill", "waiting", "KV load", "active", "free", "cost"
         ),
     ];
     for row in choices {
         let mark = if worker.as_ref() == Some(&row.worker) { '*' } else { ' ' };
         lines.push(format!(
-            "{mark} {:<20} {:>6} {:>8} {:>8} {:>7} {:>6} {:>9.1}",
+            "{mark} {:<20} {:>6} {:>8} {:>8} {:>8} {:>7} {:>6} {:>9.1}",
             row.worker,
             row.hit_blocks,
             row.prefill_blocks,
+            row.queued_blocks,
             row.kv_blocks,
             row.active,
             row.free_slots,
@@ -86,9 +87,7 @@ fn table(explanation: &Explanation) -> Vec<String> {
     let because = match why {
         Why::Cheapest => "it is the cheapest, and has a part of the prompt's KV",
         Why::NoOverlap => "nobody who has room has a part of the prompt's KV",
-        Why::OthersCheaper => {
-            "the cheapest has no part of the prompt's KV, so that whoever has room may take it"
-        }
+        Why::OthersCheaper => "it is cheaper than those that have a part of the prompt's KV",
         Why::NoRoom => "no worker with a queue of its own has room",
     };
     lines.push(format!("goes to {to}: {because}"));

@@ -238,6 +238,7 @@ fn frozen_registry_entries_decode_and_encode() {
         kv_socket: "/run/forebay/decode-0a1b2c3d.sock".into(),
         kv_tcp: None,
         active_tokens: 0,
+        prefill_tokens: 0,
         draining: false,
         kv_leases: 0,
         own_queue: false,

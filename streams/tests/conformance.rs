@@ -404,6 +404,7 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         kv_socket: String::new(),
         kv_tcp: None,
         active_tokens: 0,
+        prefill_tokens: 0,
         draining: false,
         kv_leases: 0,
         own_queue: false,

@@ -110,6 +110,7 @@ fn lease(worker: &str, free_slots: u32) -> WorkerLease {
         kv_socket: String::new(),
         kv_tcp: None,
         active_tokens: 0,
+        prefill_tokens: 0,
         own_queue: false,
         draining: false,
         kv_leases: 0,

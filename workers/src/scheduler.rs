@@ -109,6 +109,11 @@ impl Scheduler {
         self.sequences.values().map(|sequence| sequence.filled).sum()
     }
 
+    /// Tokens of prompts that are still to be run.
+    pub fn prompt_tokens(&self) -> u32 {
+        self.prompts.iter().map(|slot| self.sequences[slot].behind()).sum()
+    }
+
     /// A sequence joins.
     pub fn add(&mut self, sequence: Sequence) {
         let slot = sequence.slot;

@@ -78,6 +78,9 @@ const RESIGN_MAX: Duration = Duration::from_millis(500);
 /// How often it is looked whether the number of free slots is still what the lease says; also the shortest time between
 /// two renewals for that.
 const SLOTS_LOOK: Duration = Duration::from_millis(25);
+/// So many tokens to prefill, more or less than the lease says, are worth renewing it for.
+const PREFILL_NEWS: u32 = 256;
+
 /// How often the token budget is looked up.
 const BUDGET_POLL: Duration = Duration::from_millis(200);
 
@@ -287,6 +290,7 @@ impl Worker {
     async fn serve(self: Arc<Self>, stop: CancellationToken) {
         let mut loops = JoinSet::new();
         let room = Arc::new(Semaphore::new(self.slots.total() as usize));
+        let turn = Arc::new(Semaphore::new(decode::PULLS_MAX));
         let mut aside = JoinSet::new();
         if self.config.role == Role::Decode {
             self.open_own(&self.owner()).await;
@@ -297,7 +301,8 @@ impl Worker {
         for _ in 0..self.slots.total() {
             match self.config.role {
                 Role::Decode => {
-                    loops.spawn(in_process(decode::serve(self.clone(), stop.clone(), room.clone())))
+                    let (room, turn) = (room.clone(), turn.clone());
+                    loops.spawn(in_process(decode::serve(self.clone(), stop.clone(), room, turn)))
                 }
                 Role::Prefill => {
                     loops.spawn(in_process(prefill::serve(self.clone(), stop.clone(), prefills.clone())))
@@ -579,7 +584,7 @@ impl Worker {
     }
 
     /// Renews the worker's lease several times within its time, at once when the worker is told to stop, and soon when it
-    /// has another number of free slots: gateways route by that.
+    /// has another number of free slots, or much more or less to prefill: gateways route by that.
     async fn hold_lease(self: Arc<Self>, kv_socket: String, kv_tcp: Option<String>) {
         let host = shm::host_id();
         let pause = self.streams.registry.lease_time() / 4;
@@ -596,6 +601,7 @@ impl Worker {
                 kv_socket: kv_socket.clone(),
                 kv_tcp: kv_tcp.clone(),
                 active_tokens: self.runner.active_tokens(),
+                prefill_tokens: self.runner.prefill_tokens(),
                 draining: self.stop.is_cancelled(),
                 kv_leases: self.leases.held(),
                 own_queue: self.has_own_queue.load(Ordering::Relaxed),
@@ -624,6 +630,7 @@ impl Worker {
             tokio::time::sleep(SLOTS_LOOK).await;
             let own_queue = self.has_own_queue.load(Ordering::Relaxed);
             if (self.slots.free(), own_queue) != (lease.free_slots, lease.own_queue)
+                || self.runner.prefill_tokens().abs_diff(lease.prefill_tokens) >= PREFILL_NEWS
                 || Instant::now() >= until
             {
                 return;

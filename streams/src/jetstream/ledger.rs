@@ -85,6 +85,7 @@ mod tests {
             kv_socket: String::new(),
             kv_tcp: None,
             active_tokens: 0,
+            prefill_tokens: 0,
             draining: false,
             kv_leases: 0,
             own_queue: false,

@@ -100,6 +100,7 @@ impl Owner {
             kv_socket: String::new(),
             kv_tcp: None,
             active_tokens: 0,
+            prefill_tokens: 0,
             draining: false,
             kv_leases: 1,
             own_queue: false,

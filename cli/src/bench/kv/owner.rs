@@ -51,6 +51,7 @@ impl Owner {
             kv_socket: shm.path().display().to_string(),
             kv_tcp: Some(tcp.advertised().to_owned()),
             active_tokens: 0,
+            prefill_tokens: 0,
             own_queue: false,
             draining: false,
             kv_leases: 0,
