@@ -1,7 +1,7 @@
 //! `forebay route`: where a prompt would go now, and why.
 
 use crate::{
-    config::{NatsArgs, init_logging, runtime},
+    config::{NatsArgs, RegistryArgs, init_logging, runtime},
     show::print,
 };
 use clap::Args;
@@ -13,7 +13,7 @@ use forebay_api::routing::{
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Decides as a gateway would that has just started: one that runs counts what it has just routed too.
-Columns: blocks of the prompt that a worker has, blocks that it would prefill, blocks that its running sequences hold, \
+Columns: blocks of the prompt that a worker has, blocks that it would prefill, blocks of other prompts that wait there, blocks that its running sequences hold, \
 sequences that it runs, free slots, and the cost, of which the lowest is best.
 
 Examples:
@@ -37,12 +37,14 @@ pub(crate) struct RouteArgs {
     json: bool,
     #[command(flatten)]
     nats: NatsArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 pub(crate) fn run(args: &RouteArgs) -> anyhow::Result<()> {
     init_logging("warn");
     let explanation = runtime(1)?.block_on(async {
-        let streams = args.nats.connect("route", "route").await?;
+        let streams = args.registry.apply(args.nats.connect("route", "route").await?).await?;
         let (model, salt) = (args.model.as_deref(), args.cache_salt.as_deref());
         let question = Question { model, text: &args.explain, raw: args.raw, salt };
         anyhow::Ok(explain(&streams, question).await?)

@@ -47,7 +47,8 @@ pub fn checksum(region: &Region, offset: usize, bytes: usize, sum: &mut Checksum
 /// Each stride is summed where it lies and then copied: the sum brings it into the cache, and the copy finds it there, which
 /// is a sixth faster than to sum what was copied. If the source's owner, another process perhaps, writes between the two, what
 /// was summed is not what was stored. So whoever copies must know by other means that the source was left alone, as readers of
-/// KV do by the slot's generation: its owner raises it before it writes, and they look at it after they have read.
+/// KV do by the slot's generation: its owner raises it before it writes, and they look at it after they have read
+/// ([`Words`](crate::Words) keep these in order).
 pub fn copy_summed(from: (&Region, usize), into: (&Region, usize), bytes: usize, sum: Option<&mut Checksum>) {
     let source = from.0.at(from.1, bytes, false);
     let target = into.0.at(into.1, bytes, true);

@@ -81,6 +81,9 @@ pub(crate) async fn serve(
         }
         let pulled = {
             let _turn = turn.acquire().await.expect("never closed");
+            if stop.is_cancelled() {
+                return;
+            }
             worker.pull(&stop).await
         };
         let Some(delivery) = pulled else { continue };

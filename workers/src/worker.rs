@@ -2,7 +2,7 @@
 
 use crate::{
     decode,
-    engine::{Engine, EngineCard},
+    engine::{Engine, EngineCard, EngineError},
     kv::{
         BlockCache, KvOptions, KvPeers, Leases, ReadError, Sealed, Slot, SlotPool, Transport, publish, shm,
         sums,
@@ -18,6 +18,7 @@ use forebay_schemas::{
     event::FailureCode,
     ids::{RequestId, WorkerId},
     kv::{KvHandle, TokenRange},
+    lifecycle::Lifecycle,
     task::Role,
 };
 use forebay_streams::{
@@ -565,6 +566,16 @@ impl Worker {
         let (worker, held) = (self.clone(), slot.clone());
         let checksums = off_thread(move || sums(worker.runner.kv(), &layout, held.index(), tokens)).await;
         self.handle(slot, lease, tokens, checksums)
+    }
+
+    /// Whether a sequence fits into a slot. Another worker of the model may have longer ones, and the gateway goes by its
+    /// card.
+    pub(crate) fn check_context(&self, slot: &Slot, state: &Lifecycle) -> Result<(), EngineError> {
+        let (tokens, limit) = (state.sequence().len() as u32, self.runner.card().context_limit);
+        if tokens < limit {
+            return Ok(());
+        }
+        Err(EngineError::ContextFull { slot: slot.index(), start: 0, tokens, limit })
     }
 
     /// What an event says of sealed KV in one of this worker's slots.

@@ -56,18 +56,16 @@ impl BlockCache {
     /// are. Blocks for as long as the copy takes.
     pub fn load(&self, hashes: &[BlockHash], into: SlotOf<'_>) -> u32 {
         let run = self.index().take_run(hashes);
-        let mut whole = 0;
-        for used in &run {
+        for (number, used) in run.iter().enumerate() {
             pause();
-            if self.copy_out(*used, whole, into) != used.sum {
+            if self.copy_out(*used, number as u32, into) != used.sum {
                 tracing::error!(block = %used.hash, "a cached block is damaged; it is computed again");
-                self.index().condemn(used.hash);
-                break;
+                self.index().give_back_damaged(&run, number);
+                return number as u32 * BLOCK_TOKENS;
             }
-            whole += 1;
         }
         self.index().give_back(&run);
-        whole * BLOCK_TOKENS
+        run.len() as u32 * BLOCK_TOKENS
     }
 
     /// Keeps the first blocks of a slot that holds the KV of these and that nobody writes to meanwhile. Those that are
