@@ -66,7 +66,12 @@ impl KvArgs {
             self.tls_files().map(|files| Tls::load(&files)).transpose().context("TLS between workers")?;
         let advertise = self.kv_advertise.clone();
         let listen = listen.map(|address| TcpListen { address, advertise, tls: tls.clone() });
-        Ok(KvOptions { choice, listen, tcp: TcpOptions { streams: self.kv_streams as usize, tls } })
+        Ok(KvOptions {
+            choice,
+            listen,
+            tcp: TcpOptions { streams: self.kv_streams as usize, tls },
+            nixl: None,
+        })
     }
 
     fn tls_files(&self) -> Option<TlsFiles> {

@@ -595,6 +595,7 @@ impl Worker {
                 host: host.clone(),
                 kv_socket: kv_socket.clone(),
                 kv_tcp: kv_tcp.clone(),
+                kv_nixl: self.config.kv.nixl.is_some() && kv_tcp.is_some(),
                 active_tokens: self.runner.active_tokens(),
                 draining: self.stop.is_cancelled(),
                 kv_leases: self.leases.held(),

@@ -59,7 +59,7 @@ impl Way {
             Way::Shm => Choice::Shm,
             Way::Tcp => Choice::Tcp,
         };
-        KvOptions { choice, listen: None, tcp: TcpOptions { streams: 3, tls: None } }
+        KvOptions { choice, listen: None, tcp: TcpOptions { streams: 3, tls: None }, nixl: None }
     }
 }
 
@@ -99,6 +99,7 @@ impl Owner {
             host: shm::host_id(),
             kv_socket: String::new(),
             kv_tcp: None,
+            kv_nixl: false,
             active_tokens: 0,
             draining: false,
             kv_leases: 1,
