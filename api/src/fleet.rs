@@ -81,6 +81,7 @@ pub(crate) fn decode_lease(worker: forebay_schemas::ids::WorkerId) -> WorkerLeas
         kv_tcp: None,
         kv_nixl: false,
         active_tokens: 0,
+        prefill_tokens: 0,
         draining: false,
         kv_leases: 0,
         own_queue: true,

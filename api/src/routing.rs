@@ -9,7 +9,7 @@ mod follow;
 pub mod index;
 mod just_routed;
 
-use cost::{Candidate, Weights, Why, decide};
+use cost::{Candidate, Given, Weights, Why, decide};
 use forebay_schemas::{
     cache::{BLOCK_TOKENS, block_hashes},
     card::{ModelCard, WorkerLease},
@@ -115,7 +115,8 @@ impl Routing {
             RoutingMode::Kv => self.cheapest(request, card, accepted, &workers, now),
         };
         if let Some(worker) = &route.worker {
-            self.just_routed().add(request, worker.clone(), now);
+            let prefill_blocks = prompt_blocks(&accepted.prompt).saturating_sub(route.hit_blocks);
+            self.just_routed().add(request, worker.clone(), prefill_blocks, now);
         }
         route
     }
@@ -155,7 +156,8 @@ impl Routing {
     fn next_in_turn(&self, card: &ModelCard, workers: &Workers, now: Instant) -> Route {
         let routed = self.just_routed().by_worker(now);
         let all = candidates(card, workers, &BTreeMap::new(), &routed);
-        let able: Vec<&Candidate<'_>> = all.iter().filter(|one| one.free_slots > one.just_routed).collect();
+        let able: Vec<&Candidate<'_>> =
+            all.iter().filter(|one| one.free_slots > one.just_routed.requests).collect();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let worker = (!able.is_empty()).then(|| able[turn % able.len()].worker.clone());
         Route { worker, why: Why::NoOverlap, hit_blocks: 0 }
@@ -204,17 +206,18 @@ fn candidates<'a>(
     card: &ModelCard,
     workers: &'a Workers,
     hits: &BTreeMap<&WorkerId, u32>,
-    just_routed: &BTreeMap<WorkerId, u32>,
+    just_routed: &BTreeMap<WorkerId, Given>,
 ) -> Vec<Candidate<'a>> {
     let leases = workers.values().filter(|lease| is_candidate(lease, card));
     leases
         .map(|lease| Candidate {
             worker: &lease.worker,
             hit_blocks: hits.get(&lease.worker).copied().unwrap_or(0),
+            queued_blocks: lease.prefill_tokens.div_ceil(BLOCK_TOKENS),
             kv_blocks: lease.active_tokens.div_ceil(BLOCK_TOKENS),
             active: lease.slots.saturating_sub(lease.free_slots),
             free_slots: lease.free_slots,
-            just_routed: just_routed.get(&lease.worker).copied().unwrap_or(0),
+            just_routed: just_routed.get(&lease.worker).copied().unwrap_or_default(),
         })
         .collect()
 }

@@ -1,10 +1,10 @@
 //! How KV moves between workers, as flags.
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use forebay_workers::kv::{
     Choice, KvOptions,
-    tcp::{TcpListen, TcpOptions, Tls, TlsFiles},
+    tcp::{TcpListen, TcpOptions, Tls, TlsFiles, has_port},
 };
 use std::{
     net::{SocketAddr, ToSocketAddrs, UdpSocket},
@@ -58,6 +58,9 @@ impl KvArgs {
             Transport::Tcp => Choice::Tcp,
         };
         let listen = match (choice, self.kv_listen) {
+            (Choice::Shm, None) if self.kv_advertise.is_some() || self.kv_tls_cert.is_some() => {
+                bail!("--kv-advertise and --kv-tls-… are for reads over tcp, and --kv-transport is shm");
+            }
             (Choice::Shm, None) => None,
             (_, Some(address)) => Some(address),
             (_, None) => Some(address_towards(nats).context("finding an address for --kv-listen")?),
@@ -94,10 +97,6 @@ fn address_towards(url: &str) -> anyhow::Result<SocketAddr> {
     let mut address = socket.local_addr()?;
     address.set_port(0);
     Ok(address)
-}
-
-fn has_port(server: &str) -> bool {
-    server.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok())
 }
 
 #[cfg(test)]

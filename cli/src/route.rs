@@ -1,7 +1,7 @@
 //! `forebay route`: where a prompt would go now, and why.
 
 use crate::{
-    config::{NatsArgs, init_logging, runtime},
+    config::{NatsArgs, RegistryArgs, init_logging, runtime},
     show::print,
 };
 use clap::Args;
@@ -13,7 +13,7 @@ use forebay_api::routing::{
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Decides as a gateway would that has just started: one that runs counts what it has just routed too.
-Columns: blocks of the prompt that a worker has, blocks that it would prefill, blocks that its running sequences hold, \
+Columns: blocks of the prompt that a worker has, blocks that it would prefill, blocks of other prompts that wait there, blocks that its running sequences hold, \
 sequences that it runs, free slots, and the cost, of which the lowest is best.
 
 Examples:
@@ -37,12 +37,14 @@ pub(crate) struct RouteArgs {
     json: bool,
     #[command(flatten)]
     nats: NatsArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 pub(crate) fn run(args: &RouteArgs) -> anyhow::Result<()> {
     init_logging("warn");
     let explanation = runtime(1)?.block_on(async {
-        let streams = args.nats.connect("route", "route").await?;
+        let streams = args.registry.apply(args.nats.connect("route", "route").await?).await?;
         let (model, salt) = (args.model.as_deref(), args.cache_salt.as_deref());
         let question = Question { model, text: &args.explain, raw: args.raw, salt };
         anyhow::Ok(explain(&streams, question).await?)
@@ -64,17 +66,18 @@ fn table(explanation: &Explanation) -> Vec<String> {
         ),
         String::new(),
         format!(
-            "  {:<20} {:>6} {:>8} {:>8} {:>7} {:>6} {:>9}",
-            "worker", "hit", "prefill", "KV load", "active", "free", "cost"
+            "  {:<20} {:>6} {:>8} {:>8} {:>8} {:>7} {:>6} {:>9}",
+            "worker", "hit", "prefill", "waiting", "KV load", "active", "free", "cost"
         ),
     ];
     for row in choices {
         let mark = if worker.as_ref() == Some(&row.worker) { '*' } else { ' ' };
         lines.push(format!(
-            "{mark} {:<20} {:>6} {:>8} {:>8} {:>7} {:>6} {:>9.1}",
+            "{mark} {:<20} {:>6} {:>8} {:>8} {:>8} {:>7} {:>6} {:>9.1}",
             row.worker,
             row.hit_blocks,
             row.prefill_blocks,
+            row.queued_blocks,
             row.kv_blocks,
             row.active,
             row.free_slots,
@@ -86,9 +89,7 @@ fn table(explanation: &Explanation) -> Vec<String> {
     let because = match why {
         Why::Cheapest => "it is the cheapest, and has a part of the prompt's KV",
         Why::NoOverlap => "nobody who has room has a part of the prompt's KV",
-        Why::OthersCheaper => {
-            "the cheapest has no part of the prompt's KV, so that whoever has room may take it"
-        }
+        Why::OthersCheaper => "it is cheaper than those that have a part of the prompt's KV",
         Why::NoRoom => "no worker with a queue of its own has room",
     };
     lines.push(format!("goes to {to}: {because}"));

@@ -5,7 +5,7 @@
 use crate::{Region, RegionError};
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering, fence},
 };
 
 /// An array of 64-bit words that processes share. Every operation is atomic and sequentially consistent.
@@ -40,19 +40,23 @@ impl Words {
         unsafe { AtomicU64::from_ptr(at) }
     }
 
-    /// The word's value.
+    /// The word's value. Whatever the caller has read of other shared memory before, it has read before this.
     pub fn load(&self, index: usize) -> u64 {
+        fence(Ordering::SeqCst);
         self.word(index).load(Ordering::SeqCst)
     }
 
-    /// Sets the word.
+    /// Sets the word. Whatever the caller writes to other shared memory after, others see after this.
     pub fn store(&self, index: usize, value: u64) {
         self.word(index).store(value, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
     }
 
-    /// Sets the word to `new` if it is `current`; otherwise returns what it is.
+    /// Sets the word to `new` if it is `current`; otherwise returns what it is. Ordered as [`Words::store`].
     pub fn swap_if(&self, index: usize, current: u64, new: u64) -> Result<(), u64> {
-        self.word(index).compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst).map(drop)
+        let swapped = self.word(index).compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        swapped.map(drop)
     }
 }
 

@@ -87,6 +87,9 @@ pub struct WorkerLease {
     /// Tokens whose KV its running sequences hold.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub active_tokens: u32,
+    /// Tokens of prompts that it has taken and not run yet.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub prefill_tokens: u32,
     /// It was told to stop, and takes nothing new.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub draining: bool,

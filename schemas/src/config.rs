@@ -32,20 +32,20 @@ pub const SETTINGS: [Setting; 6] = [
     },
     Setting {
         key: "router_prefill_weight",
-        meaning: "how much the tokens count that a worker would have to prefill, when a worker is chosen",
-        otherwise: "the gateway's own",
+        meaning: "how much a block of 16 tokens counts that a worker would prefill, when a worker is chosen",
+        otherwise: "1",
         bounds: WEIGHT,
     },
     Setting {
         key: "router_kv_load_weight",
-        meaning: "how much the KV counts that a worker holds already",
-        otherwise: "the gateway's own",
+        meaning: "how much a block of KV counts that a worker's running sequences hold",
+        otherwise: "0.1",
         bounds: WEIGHT,
     },
     Setting {
         key: "router_active_weight",
-        meaning: "how much the sequences count that a worker runs already",
-        otherwise: "the gateway's own",
+        meaning: "how much a sequence counts that a worker runs already",
+        otherwise: "2",
         bounds: WEIGHT,
     },
     Setting {

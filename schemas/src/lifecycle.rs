@@ -74,8 +74,8 @@ pub struct Lifecycle {
     pub tokens: Vec<u32>,
     /// All text released so far.
     pub text: String,
-    /// Sealed KV that the current attempt can read, contiguous from position 0: of its prefill, or left by the
-    /// attempt before.
+    /// Sealed KV that the current attempt can read, contiguous: of its prefill, from [`Lifecycle::kv_from`] on, or left by
+    /// the attempt before, from position 0 on.
     pub kv: Vec<KvHandle>,
     /// What the current attempt asked of a prefill worker, if it did.
     pub asked: Option<Arc<PrefillQueued>>,

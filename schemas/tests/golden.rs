@@ -239,6 +239,7 @@ fn frozen_registry_entries_decode_and_encode() {
         kv_tcp: None,
         kv_nixl: false,
         active_tokens: 0,
+        prefill_tokens: 0,
         draining: false,
         kv_leases: 0,
         own_queue: false,

@@ -405,6 +405,7 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         kv_tcp: None,
         kv_nixl: false,
         active_tokens: 0,
+        prefill_tokens: 0,
         draining: false,
         kv_leases: 0,
         own_queue: false,
@@ -656,7 +657,7 @@ async fn an_own_queue_is_its_workers_alone(streams: Streams) {
     streams.own_queues.open(&other).await.unwrap();
     assert_eq!(pull(&streams, 100).await, None);
     assert_eq!(pull_own(&streams, &other, 100).await, None);
-    assert_eq!(streams.own_queues.filled().await.unwrap(), [mine.clone()]);
+    assert_eq!(streams.own_queues.filled().await.unwrap(), std::slice::from_ref(&mine));
     // Autoscalers look at the shared queue.
     assert_eq!(streams.tasks.depth(Role::Decode, &model()).await.unwrap().lag(), 0);
     let delivery = pull_own(&streams, &mine, 5000).await.expect("a task");

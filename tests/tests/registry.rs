@@ -111,6 +111,7 @@ fn lease(worker: &str, free_slots: u32) -> WorkerLease {
         kv_tcp: None,
         kv_nixl: false,
         active_tokens: 0,
+        prefill_tokens: 0,
         own_queue: false,
         draining: false,
         kv_leases: 0,

@@ -42,6 +42,10 @@ const FAILED_PAUSE: Duration = Duration::from_millis(200);
 /// unless it is dead.
 const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
 
+/// Pulls from the shared queue that a worker has waiting at once. The server serves those that wait in their order: with one
+/// for each slot, a burst would go to one worker while others are idle.
+pub(crate) const PULLS_MAX: usize = 1;
+
 /// Why a request did not end here.
 #[derive(Debug, thiserror::Error)]
 enum RequestError {
@@ -64,13 +68,25 @@ enum RequestError {
 
 /// One slot's loop. Its pulls, and tasks that run, are together no more than there are slots; a task from the worker's
 /// own queue takes its slot at once, though, and counts when a pull is over.
-pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, room: Arc<Semaphore>) {
+pub(crate) async fn serve(
+    worker: Arc<Worker>,
+    stop: CancellationToken,
+    room: Arc<Semaphore>,
+    turn: Arc<Semaphore>,
+) {
     while !stop.is_cancelled() {
         let _one = room.acquire().await.expect("never closed");
         if stop.is_cancelled() {
             return;
         }
-        let Some(delivery) = worker.pull(&stop).await else { continue };
+        let pulled = {
+            let _turn = turn.acquire().await.expect("never closed");
+            if stop.is_cancelled() {
+                return;
+            }
+            worker.pull(&stop).await
+        };
+        let Some(delivery) = pulled else { continue };
         match worker.slots.take() {
             Some(slot) => work(&worker, &delivery, slot).await,
             None => worker.answer(&delivery, Verdict::Nak).await,

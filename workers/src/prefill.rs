@@ -118,20 +118,11 @@ async fn prefill(
     if writer.state().attempt != task.attempt || !waiting {
         return Ok(None);
     }
-    if let Some(wanted) = writer.state().asked.as_ref().and_then(|asked| asked.layout_hash)
-        && wanted != worker.model.layout_hash
-    {
-        // Its KV would be of no use there. Said at once: the decode worker goes on by itself.
-        let found = worker.model.layout_hash;
-        let reason = format!("worker {} has KV of layout {found}, and {wanted} is asked for", worker.id);
-        tracing::warn!(log = %writer.log(), reason, "refused");
-        writer.append(Body::KvLost(KvLost { reason })).await?;
-        return Ok(None);
-    }
-    if writer.state().prefills >= CLAIMS_MAX {
-        let reason = format!("{} prefill workers began and did not finish", writer.state().prefills);
+    if let Some(reason) = refusal(worker, writer.state()) {
         tracing::warn!(log = %writer.log(), reason, "left to the decode worker");
-        worker.bury(writer.log(), Role::Prefill, None, reason.clone(), CLAIMS_MAX.into()).await;
+        if writer.state().prefills >= CLAIMS_MAX {
+            worker.bury(writer.log(), Role::Prefill, None, reason.clone(), CLAIMS_MAX.into()).await;
+        }
         writer.append(Body::KvLost(KvLost { reason })).await?;
         return Ok(None);
     }
@@ -142,6 +133,7 @@ async fn prefill(
     };
     writer.append(Body::PrefillClaimed(claimed)).await?;
 
+    worker.check_context(slot, writer.state())?;
     let begun = Instant::now();
     let filled = prefix(worker, slot, writer.state()).await;
     let state = writer.state();
@@ -165,6 +157,8 @@ async fn prefill(
             Output::Filled(filled) => sealed.seal(&mut writer, filled).await?,
             Output::Token(token) => {
                 output.push(token);
+                // A prompt of which one token was left ran as a step, which says nothing of positions.
+                sealed.seal(&mut writer, tokens.len() as u32).await?;
                 let completed = PrefillCompleted {
                     worker: worker.id.clone(),
                     first_index,
@@ -180,6 +174,17 @@ async fn prefill(
             Output::Failed(error) => return Err(error.into()),
         }
     }
+}
+
+/// Why a prefill is not for this worker, or for none any more. Said at once: the decode worker then goes on by itself.
+fn refusal(worker: &Worker, state: &Lifecycle) -> Option<String> {
+    let found = worker.model.layout_hash;
+    let wanted = state.asked.as_ref().and_then(|asked| asked.layout_hash).unwrap_or(found);
+    if wanted != found {
+        return Some(format!("worker {} has KV of layout {found}, and {wanted} is asked for", worker.id));
+    }
+    let claims = state.prefills;
+    (claims >= CLAIMS_MAX).then(|| format!("{claims} prefill workers began and did not finish"))
 }
 
 /// Fills the beginning of a slot with what is known of a sequence here, or at the decode worker that asks, and returns

@@ -54,7 +54,14 @@ pub struct Runner {
     commands: mpsc::Sender<Command>,
     card: Arc<EngineCard>,
     kv: Arc<Region>,
-    active_tokens: Arc<AtomicU32>,
+    load: Arc<Load>,
+}
+
+/// What the engine has to do and to hold, as its last step left it.
+#[derive(Debug, Default)]
+struct Load {
+    active_tokens: AtomicU32,
+    prefill_tokens: AtomicU32,
 }
 
 /// The engine's thread is gone: the engine panicked, and the worker must end.
@@ -69,14 +76,14 @@ impl Runner {
         let kv = engine.kv().clone();
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let scheduler = Scheduler::new(card.layout.slots, budget);
-        let active_tokens = Arc::<AtomicU32>::default();
+        let load = Arc::<Load>::default();
         let engine = EngineLoop {
             engine,
             scheduler,
             outputs: BTreeMap::new(),
             inbox,
             drawn: Vec::new(),
-            active_tokens: active_tokens.clone(),
+            load: load.clone(),
         };
         if environment::is_simulated() {
             environment::spawn(engine.simulate());
@@ -84,7 +91,7 @@ impl Runner {
             let thread = std::thread::Builder::new().name("engine".into());
             thread.spawn(move || engine.run()).expect("a thread can be started");
         }
-        Runner { commands, card, kv, active_tokens }
+        Runner { commands, card, kv, load }
     }
 
     /// Facts about the model.
@@ -99,7 +106,12 @@ impl Runner {
 
     /// Tokens whose KV the running sequences hold.
     pub fn active_tokens(&self) -> u32 {
-        self.active_tokens.load(Ordering::Relaxed)
+        self.load.active_tokens.load(Ordering::Relaxed)
+    }
+
+    /// Tokens of prompts that are still to be run.
+    pub fn prefill_tokens(&self) -> u32 {
+        self.load.prefill_tokens.load(Ordering::Relaxed)
     }
 
     /// Resolves when the thread is gone: the engine panicked.
@@ -160,7 +172,7 @@ struct EngineLoop {
     outputs: BTreeMap<u32, mpsc::Sender<Output>>,
     inbox: mpsc::Receiver<Command>,
     drawn: Vec<Sampled>,
-    active_tokens: Arc<AtomicU32>,
+    load: Arc<Load>,
 }
 
 impl EngineLoop {
@@ -206,7 +218,8 @@ impl EngineLoop {
         while let Ok(command) = self.inbox.try_recv() {
             self.obey(command);
         }
-        self.active_tokens.store(self.scheduler.tokens(), Ordering::Relaxed);
+        self.load.active_tokens.store(self.scheduler.tokens(), Ordering::Relaxed);
+        self.load.prefill_tokens.store(self.scheduler.prompt_tokens(), Ordering::Relaxed);
         let can_take = |slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1);
         let step = self.scheduler.plan(can_take);
         if step != Step::default() {

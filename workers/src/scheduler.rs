@@ -109,6 +109,11 @@ impl Scheduler {
         self.sequences.values().map(|sequence| sequence.filled).sum()
     }
 
+    /// Tokens of prompts that are still to be run.
+    pub fn prompt_tokens(&self) -> u32 {
+        self.prompts.iter().map(|slot| self.sequences[slot].behind()).sum()
+    }
+
     /// A sequence joins.
     pub fn add(&mut self, sequence: Sequence) {
         let slot = sequence.slot;
@@ -143,7 +148,8 @@ impl Scheduler {
     /// What to run next. Sequences whose reader is behind (`can_take` false) are left out, so that a stuck
     /// reader holds up nobody else.
     pub fn plan(&self, can_take: impl Fn(u32) -> bool) -> Step {
-        let decoding = self.sequences.values().filter(|sequence| !sequence.is_prefilling());
+        // The last token of a prompt is a chunk like those before it.
+        let decoding = self.sequences.values().filter(|sequence| !self.prompts.contains(&sequence.slot));
         let rows: Vec<u32> = decoding.map(|sequence| sequence.slot).filter(|slot| can_take(*slot)).collect();
         let Budget { chunk_tokens, step_tokens } = self.budget;
         // However many decode, a prompt gets on.
@@ -241,6 +247,16 @@ mod tests {
         }
         assert!(scheduler.drawn(0, 1));
         assert_eq!(scheduler.plan(|_| true), Step { chunks: vec![], rows: vec![0] });
+    }
+
+    #[test]
+    fn the_last_token_of_a_prompt_runs_once() {
+        let mut scheduler = scheduler(1);
+        scheduler.add(sequence(0, 9, 0, 3));
+        let step = scheduler.plan(|_| true);
+        scheduler.filled(&step.chunks[0]);
+        let step = scheduler.plan(|_| true);
+        assert_eq!(step, Step { chunks: vec![chunk(0, 8, 1, true)], rows: vec![] });
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Which worker a request should go to, if any in particular: a pure decision, so that gateways that know the same decide
 //! the same.
 //!
-//! A worker costs what it would have to prefill of the prompt, and what it holds and runs already. The cheapest one gets
-//! the request, if it has a part of the prompt's KV. If the cheapest has none, the shared queue serves as well: there,
-//! whoever has room takes what comes.
+//! A worker costs what it would have to prefill until the answer begins, its other prompts and this one's rest, and what it
+//! holds and runs already. The cheapest one gets the request, if anybody has a part of the prompt's KV. If nobody has, the
+//! shared queue serves as well: there, whoever has room takes what comes.
 
 use forebay_schemas::ids::WorkerId;
 use serde::Serialize;
@@ -33,14 +33,25 @@ pub struct Candidate<'a> {
     pub worker: &'a WorkerId,
     /// How many of the prompt's first blocks it has.
     pub hit_blocks: u32,
+    /// Blocks of other prompts that it has taken and not prefilled yet.
+    pub queued_blocks: u32,
     /// Blocks that its running sequences hold.
     pub kv_blocks: u32,
     /// Sequences that it runs.
     pub active: u32,
     /// How many more it could run.
     pub free_slots: u32,
-    /// Requests that this gateway has just given it, which its lease does not show yet.
-    pub just_routed: u32,
+    /// What this gateway has just given it, and its lease does not show yet.
+    pub just_routed: Given,
+}
+
+/// What a worker was given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Given {
+    /// Requests.
+    pub requests: u32,
+    /// Blocks of their prompts that it has to prefill.
+    pub prefill_blocks: u32,
 }
 
 /// What a candidate would cost, and of what.
@@ -52,6 +63,8 @@ pub struct Choice<'a> {
     pub hit_blocks: u32,
     /// Blocks of the prompt that it would prefill.
     pub prefill_blocks: u32,
+    /// Blocks of other prompts that it would prefill before.
+    pub queued_blocks: u32,
     /// Blocks that its running sequences hold.
     pub kv_blocks: u32,
     /// Sequences that it runs, with those that were just given to it.
@@ -70,7 +83,7 @@ pub enum Why {
     Cheapest,
     /// Nobody who has room has a part of it.
     NoOverlap,
-    /// Somebody has a part of it, but a worker without it is cheaper.
+    /// Somebody has a part of it, but this worker, without it, is cheaper.
     OthersCheaper,
     /// Nobody has room.
     NoRoom,
@@ -104,7 +117,9 @@ pub fn decide<'a>(prompt_blocks: u32, candidates: &[Candidate<'a>], weights: Wei
     let (worker, why, hit_blocks) = match able().next() {
         None => (None, Why::NoRoom, 0),
         Some(best) if best.hit_blocks > 0 => (Some(best.worker), Why::Cheapest, best.hit_blocks),
-        Some(_) if able().any(|choice| choice.hit_blocks > 0) => (None, Why::OthersCheaper, 0),
+        Some(best) if able().any(|choice| choice.hit_blocks > 0) => {
+            (Some(best.worker), Why::OthersCheaper, 0)
+        }
         Some(_) => (None, Why::NoOverlap, 0),
     };
     Decision { worker, why, hit_blocks, choices }
@@ -113,17 +128,19 @@ pub fn decide<'a>(prompt_blocks: u32, candidates: &[Candidate<'a>], weights: Wei
 fn weigh<'a>(prompt_blocks: u32, candidate: &Candidate<'a>, weights: Weights) -> Choice<'a> {
     let hit_blocks = candidate.hit_blocks.min(prompt_blocks);
     let prefill_blocks = prompt_blocks - hit_blocks;
-    let active = candidate.active + candidate.just_routed;
-    let cost = weights.prefill * f64::from(prefill_blocks)
+    let queued_blocks = candidate.queued_blocks + candidate.just_routed.prefill_blocks;
+    let active = candidate.active + candidate.just_routed.requests;
+    let cost = weights.prefill * (f64::from(prefill_blocks) + f64::from(queued_blocks))
         + weights.kv_load * f64::from(candidate.kv_blocks)
         + weights.active * f64::from(active);
     Choice {
         worker: candidate.worker,
         hit_blocks,
         prefill_blocks,
+        queued_blocks,
         kv_blocks: candidate.kv_blocks,
         active,
-        free_slots: candidate.free_slots.saturating_sub(candidate.just_routed),
+        free_slots: candidate.free_slots.saturating_sub(candidate.just_routed.requests),
         cost,
     }
 }
@@ -133,7 +150,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeMap;
 
-    /// Name, blocks hit, KV blocks, running, free, just routed.
+    /// Name, blocks hit, KV blocks, running, free, just routed (of 10 blocks each).
     type Row = (&'static str, u32, u32, u32, u32, u32);
 
     fn names() -> BTreeMap<&'static str, WorkerId> {
@@ -145,10 +162,11 @@ mod tests {
             .map(|&(name, hit_blocks, kv_blocks, active, free_slots, just_routed)| Candidate {
                 worker: &names[name],
                 hit_blocks,
+                queued_blocks: 0,
                 kv_blocks,
                 active,
                 free_slots,
-                just_routed,
+                just_routed: Given { requests: just_routed, prefill_blocks: 10 * just_routed },
             })
             .collect()
     }
@@ -171,7 +189,7 @@ mod tests {
             (
                 "a swamped one has little",
                 &[("a", 4, 300, 3, 1, 0), ("b", 0, 0, 0, 4, 0)],
-                None,
+                Some("b"),
                 Why::OthersCheaper,
             ),
             (
@@ -208,6 +226,17 @@ mod tests {
             all.reverse();
             assert_eq!(decide(100, &all, Weights::default()), decision, "{what}: whatever the order");
         }
+    }
+
+    #[test]
+    fn prompts_that_wait_count() {
+        let names = names();
+        let mut all = candidates(&names, &[("a", 60, 0, 1, 3, 0), ("b", 0, 0, 1, 3, 0)]);
+        assert_eq!(decide(100, &all, Weights::default()).worker, Some(all[0].worker));
+        all[0].queued_blocks = 70;
+        let decision = decide(100, &all, Weights::default());
+        assert_eq!((decision.worker, decision.why), (Some(all[1].worker), Why::OthersCheaper));
+        assert_eq!(decision.choices[1].queued_blocks, 70);
     }
 
     #[test]

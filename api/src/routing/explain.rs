@@ -80,6 +80,7 @@ pub struct Row {
     pub worker: WorkerId,
     pub hit_blocks: u32,
     pub prefill_blocks: u32,
+    pub queued_blocks: u32,
     pub kv_blocks: u32,
     pub active: u32,
     pub free_slots: u32,
@@ -88,9 +89,10 @@ pub struct Row {
 
 impl From<&Choice<'_>> for Row {
     fn from(choice: &Choice<'_>) -> Row {
-        let Choice { worker, hit_blocks, prefill_blocks, kv_blocks, active, free_slots, cost } = *choice;
+        let Choice { worker, hit_blocks, prefill_blocks, queued_blocks, kv_blocks, active, free_slots, cost } =
+            *choice;
         let worker = worker.clone();
-        Row { worker, hit_blocks, prefill_blocks, kv_blocks, active, free_slots, cost }
+        Row { worker, hit_blocks, prefill_blocks, queued_blocks, kv_blocks, active, free_slots, cost }
     }
 }
 

@@ -18,11 +18,14 @@ pub(crate) struct CacheArgs {
     #[arg(long, default_value_t = 4, value_name = "N")]
     workers: usize,
     /// Conversations.
-    #[arg(long, default_value_t = 160, value_name = "N")]
+    #[arg(long, default_value_t = 60, value_name = "N")]
     conversations: usize,
     /// Conversations that begin in a second, on average.
-    #[arg(long, default_value_t = 1.0, value_name = "N")]
+    #[arg(long, default_value_t = 0.4, value_name = "N")]
     rate: f64,
+    /// How workers are chosen: one after another.
+    #[arg(long, value_delimiter = ',', default_value = "round-robin,kv", value_name = "HOW,…")]
+    routing: Vec<String>,
     /// Of the trace.
     #[arg(long, default_value_t = 1, value_name = "SEED")]
     seed: u64,
@@ -38,8 +41,9 @@ impl Default for CacheArgs {
     fn default() -> Self {
         CacheArgs {
             workers: 4,
-            conversations: 160,
-            rate: 1.0,
+            conversations: 60,
+            rate: 0.4,
+            routing: vec!["round-robin".into(), "kv".into()],
             seed: 1,
             prefill_token_us: 5000.0,
             step_us: 20_000.0,
@@ -62,11 +66,13 @@ pub(crate) fn run(args: &CacheArgs) -> anyhow::Result<()> {
         "{:>14} {:>11} {:>11} {:>11} {:>10} {:>9}",
         "", "mean TTFT", "median", "p99", "hit rate", "prompt"
     );
-    for how in ["round-robin", "any", "kv"] {
+    let mut means = Vec::new();
+    for how in &args.routing {
         let asked = measure(args, &trace, how)?;
         let mut times: Vec<f64> = asked.iter().map(|one| one.ttft_ms).collect();
         times.sort_by(f64::total_cmp);
         let mean = times.iter().sum::<f64>() / times.len() as f64;
+        means.push(mean);
         let prompt: u64 = asked.iter().map(|one| one.prompt_tokens).sum();
         let cached: u64 = asked.iter().map(|one| one.cached_tokens).sum();
         println!(
@@ -76,6 +82,9 @@ pub(crate) fn run(args: &CacheArgs) -> anyhow::Result<()> {
             cached as f64 / prompt as f64 * 1e2,
             prompt as f64 / asked.len() as f64
         );
+    }
+    if let [first, .., last] = means[..] {
+        println!("\nmean TTFT of the first against the last: {:.2}", first / last);
     }
     Ok(())
 }

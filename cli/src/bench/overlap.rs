@@ -27,14 +27,11 @@ pub(crate) struct OverlapArgs {
     /// Prompts, with and without.
     #[arg(long, default_value_t = 3, value_name = "N")]
     repeats: u64,
-    /// Over which transport.
-    #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp"], value_name = "NAME")]
-    transport: String,
 }
 
 impl Default for OverlapArgs {
     fn default() -> Self {
-        OverlapArgs { model: None, tokens: 2048, repeats: 3, transport: "auto".into() }
+        OverlapArgs { model: None, tokens: 2048, repeats: 3 }
     }
 }
 
@@ -76,7 +73,6 @@ fn measure(args: &OverlapArgs, model: &str, flags: &[&str]) -> anyhow::Result<Me
     let arguments = [
         &["--model", model, "--weights", "int4", "--prefill", "1", "--decode", "1", "--threads", "1"][..],
         &["--context", "4096", "--max-local-prefill-length", "0", "--cache-gib", "0"],
-        &["--kv-transport", &args.transport],
         flags,
     ]
     .concat();

@@ -3,7 +3,7 @@
 use super::percentile;
 use clap::Args;
 use forebay_api::routing::{
-    cost::{Candidate, Weights, decide},
+    cost::{Candidate, Given, Weights, decide},
     index::Index,
 };
 use forebay_schemas::{
@@ -67,7 +67,8 @@ pub(crate) fn run(args: &RouteArgs) -> anyhow::Result<()> {
                 kv_blocks: (at as u32 * 37) % 400,
                 active: at as u32 % 8,
                 free_slots: 8 - at as u32 % 8,
-                just_routed: 0,
+                queued_blocks: 0,
+                just_routed: Given::default(),
             })
             .collect();
         hits += u32::from(decide(SHARED + REST, &candidates, Weights::default()).worker.is_some());

@@ -7,7 +7,7 @@ use std::time::Duration;
 const DOCUMENTS: usize = 40;
 
 /// Words of a document.
-const WORDS: std::ops::Range<u64> = 250..500;
+const WORDS: std::ops::Range<u64> = 600..1300;
 
 /// Questions of one conversation.
 const TURNS: std::ops::Range<u64> = 1..5;

@@ -71,6 +71,7 @@ mod tests {
             kv_tcp: None,
             kv_nixl: false,
             active_tokens: 0,
+            prefill_tokens: 0,
             draining: false,
             kv_leases: 0,
             own_queue: false,

@@ -7,7 +7,6 @@ use super::{
     release,
 };
 use crate::{
-    engine::EngineError,
     kv::{ReadError, Sealed, Slot, read_kv},
     output::OutputText,
     runner::{EngineStopped, Output},
@@ -76,26 +75,17 @@ impl Attempt<'_> {
             release(worker, writer.state());
             return self.complete(&mut writer, reason).await;
         }
-        self.check_context(writer.state())?;
+        worker.check_context(self.slot, writer.state())?;
         let (filled, cached) = match self.start(&mut writer, &mut output).await? {
             Start::Filled { filled, cached } => (filled, cached),
             Start::Finished(reason) => return self.complete(&mut writer, reason).await,
             Start::Leave(why) => {
                 let (_, nothing) = mpsc::channel(1);
-                return self.hand_over(&mut writer, &mut output, nothing, why).await;
+                return self.hand_over(&mut writer, &mut output, nothing, why, 0).await;
             }
         };
         let outputs = worker.runner.add(self.sequence(writer.state(), filled)).await?;
         self.generate(&mut writer, &mut output, outputs, cached).await
-    }
-
-    /// Another worker of the model may have longer slots, and the gateway goes by its card.
-    fn check_context(&self, state: &Lifecycle) -> Result<(), EngineError> {
-        let (tokens, limit) = (state.sequence().len() as u32, self.worker.runner.card().context_limit);
-        if tokens < limit {
-            return Ok(());
-        }
-        Err(EngineError::ContextFull { slot: self.slot.index(), start: 0, tokens, limit })
     }
 
     fn sequence(&self, state: &Lifecycle, filled: u32) -> Sequence {
@@ -221,7 +211,7 @@ impl Attempt<'_> {
         loop {
             let received = tokio::select! {
                 biased;
-                why = &mut leave_now => return self.hand_over(writer, output, outputs, why).await,
+                why = &mut leave_now => return self.hand_over(writer, output, outputs, why, cached).await,
                 received = outputs.recv_many(&mut batch, BATCH_MAX) => received,
             };
             if received == 0 {

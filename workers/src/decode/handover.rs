@@ -97,6 +97,7 @@ impl Attempt<'_> {
         output: &mut OutputText,
         mut outputs: mpsc::Receiver<Output>,
         why: Leave,
+        cached: u32,
     ) -> Result<Outcome, RequestError> {
         let worker = self.worker;
         // When this returns, the engine writes no more to the slot, and all that it drew is in the channel.
@@ -117,7 +118,7 @@ impl Attempt<'_> {
                     first_index,
                     tokens,
                     text,
-                    cached_tokens: 0,
+                    cached_tokens: if first_index == 0 { cached } else { 0 },
                 }))
                 .await?;
         }

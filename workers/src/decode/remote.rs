@@ -16,7 +16,12 @@ use forebay_schemas::{
     kv::{KvHandle, TokenRange},
     task::PrefillTask,
 };
-use forebay_streams::{environment::off_thread, follow::Follow, tasks::enqueue, writer::LogWriter};
+use forebay_streams::{
+    environment::{self, off_thread},
+    follow::Follow,
+    tasks::enqueue,
+    writer::LogWriter,
+};
 use futures::{FutureExt, future::BoxFuture};
 use std::{collections::VecDeque, mem, sync::Arc, time::Duration};
 use tokio::time::Instant;
@@ -235,6 +240,14 @@ impl Reading {
         matches!(self.state, State::Idle(_))
     }
 
+    /// Gives the lease back, on a thread that may block: the owner may be far away, or frozen.
+    fn give_back(read: Read) {
+        match tokio::runtime::Handle::try_current() {
+            Ok(_) => drop(environment::spawn(off_thread(move || drop(read)))),
+            Err(_) => drop(read),
+        }
+    }
+
     /// Forgets what was read and what waits: it is another prefill's from here on.
     async fn begin_anew(&mut self) {
         self.stop().await;
@@ -244,11 +257,11 @@ impl Reading {
     /// Ends it, and returns up to where the slot is filled.
     async fn stop(&mut self) -> u32 {
         self.waiting.clear();
-        if let State::Busy(end, job) = mem::replace(&mut self.state, State::Idle(None))
-            && job.await.is_ok()
-        {
-            self.filled = end;
-        }
+        let read = match mem::replace(&mut self.state, State::Idle(None)) {
+            State::Idle(read) => read,
+            State::Busy(end, job) => job.await.inspect(|_| self.filled = end).ok(),
+        };
+        read.into_iter().for_each(Reading::give_back);
         self.filled
     }
 
@@ -262,12 +275,23 @@ impl Reading {
             }
         };
         let report = read.report();
-        Waited::Done(KvTransferred {
+        let transferred = KvTransferred {
             bytes: report.bytes,
             tokens: report.tokens,
             read_us: report.micros,
             after_us: completed.elapsed().as_micros() as u64,
             transport: read.transport().to_owned(),
-        })
+        };
+        Reading::give_back(read);
+        Waited::Done(transferred)
+    }
+}
+
+impl Drop for Reading {
+    /// Where the request is no longer wanted. A read that is under way gives back by itself, where it runs.
+    fn drop(&mut self) {
+        if let State::Idle(Some(read)) = mem::replace(&mut self.state, State::Idle(None)) {
+            Reading::give_back(read);
+        }
     }
 }

@@ -56,18 +56,16 @@ impl BlockCache {
     /// are. Blocks for as long as the copy takes.
     pub fn load(&self, hashes: &[BlockHash], into: SlotOf<'_>) -> u32 {
         let run = self.index().take_run(hashes);
-        let mut whole = 0;
-        for used in &run {
+        for (number, used) in run.iter().enumerate() {
             pause();
-            if self.copy_out(*used, whole, into) != used.sum {
+            if self.copy_out(*used, number as u32, into) != used.sum {
                 tracing::error!(block = %used.hash, "a cached block is damaged; it is computed again");
-                self.index().condemn(used.hash);
-                break;
+                self.index().give_back_damaged(&run, number);
+                return number as u32 * BLOCK_TOKENS;
             }
-            whole += 1;
         }
         self.index().give_back(&run);
-        whole * BLOCK_TOKENS
+        run.len() as u32 * BLOCK_TOKENS
     }
 
     /// Keeps the first blocks of a slot that holds the KV of these and that nobody writes to meanwhile. Those that are
@@ -126,7 +124,7 @@ impl BlockCache {
     }
 }
 
-/// Copies a block's tokens from one position to another, and returns the sum of what was stored there.
+/// Copies a block's tokens from one position to another, and returns the sum of its bytes.
 fn copy(from: (SlotOf<'_>, u32), into: (SlotOf<'_>, u32)) -> u64 {
     let pieces = |(of, start): (SlotOf<'_>, u32)| {
         let planes = 0..of.layout.geometry.layers * 2;

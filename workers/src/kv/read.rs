@@ -80,7 +80,7 @@ pub trait Transport: Send + Sync {
     fn claim(&self, handle: &KvHandle) -> Result<(), ReadError>;
 
     /// Copies one group of planes of the handle's tokens into a slot of this worker's region, and returns the
-    /// sum of the bytes as stored.
+    /// sum of the bytes.
     fn read(
         &self,
         handle: &KvHandle,

@@ -35,13 +35,13 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How long a peer waits for the owner's greeting.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Regions of peers kept mapped; the one mapped first goes first.
+/// Regions of peers kept mapped; the one that was not read for the longest time goes first.
 const PEERS_MAX: usize = 256;
 
 /// Identifies the host and its boot: workers with equal ids share memory.
@@ -154,7 +154,7 @@ fn connect(path: &str) -> Result<(Vec<u8>, OwnedFd, OwnedFd), String> {
 /// Peers whose regions are mapped: mapped once, at the first read.
 #[derive(Debug, Default)]
 pub struct ShmPeers {
-    mapped: Mutex<BTreeMap<(WorkerId, u64), Arc<ShmPeer>>>,
+    mapped: Mutex<BTreeMap<(WorkerId, u64), Mapped>>,
 }
 
 impl ShmPeers {
@@ -167,7 +167,8 @@ impl ShmPeers {
         let key = (handle.agent.clone(), handle.incarnation);
         let unreachable =
             |cause: String| ReadError::Unreachable { agent: handle.agent.clone(), transport: "shm", cause };
-        if let Some(peer) = self.mapped.lock().expect("no panics while held").get(&key) {
+        if let Some(Mapped { peer, used }) = self.mapped.lock().expect("no panics while held").get_mut(&key) {
+            *used = Instant::now();
             return Ok(peer.clone());
         }
         let lease = lease.ok_or_else(|| unreachable("it has no lease in the registry".into()))?;
@@ -177,13 +178,21 @@ impl ShmPeers {
         let peer = Arc::new(ShmPeer::map(&lease.kv_socket, handle).map_err(unreachable)?);
         let mut mapped = self.mapped.lock().expect("no panics while held");
         if mapped.len() >= PEERS_MAX
-            && let Some(oldest) = mapped.keys().min_by_key(|(_, incarnation)| *incarnation).cloned()
+            && let Some(oldest) =
+                mapped.iter().min_by_key(|(_, mapped)| mapped.used).map(|(key, _)| key.clone())
         {
             mapped.remove(&oldest);
         }
-        mapped.insert(key, peer.clone());
+        mapped.insert(key, Mapped { peer: peer.clone(), used: Instant::now() });
         Ok(peer)
     }
+}
+
+/// A peer, and when it was asked for last.
+#[derive(Debug)]
+struct Mapped {
+    peer: Arc<ShmPeer>,
+    used: Instant,
 }
 
 /// One peer's region and lease words, mapped here.

@@ -16,7 +16,7 @@ mod serve;
 mod tls;
 mod wire;
 
-pub use owner::{TcpListen, TcpOwner};
+pub use owner::{TcpListen, TcpOwner, has_port};
 pub(super) use peers::TcpPeer;
 pub use peers::TcpPeers;
 pub use tls::{TLS_NAME, Tls, TlsError, TlsFiles};

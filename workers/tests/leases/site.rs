@@ -111,6 +111,7 @@ impl Owner {
             kv_tcp: None,
             kv_nixl: false,
             active_tokens: 0,
+            prefill_tokens: 0,
             draining: false,
             kv_leases: 1,
             own_queue: false,

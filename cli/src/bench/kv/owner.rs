@@ -52,6 +52,7 @@ impl Owner {
             kv_tcp: Some(tcp.advertised().to_owned()),
             kv_nixl: false,
             active_tokens: 0,
+            prefill_tokens: 0,
             own_queue: false,
             draining: false,
             kv_leases: 0,

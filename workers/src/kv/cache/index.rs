@@ -132,13 +132,18 @@ impl Index {
         Used { hash, place, sum }
     }
 
-    /// A block whose bytes are not what was stored goes, unless another one uses it too: that one will notice by itself.
-    pub(super) fn condemn(&mut self, hash: BlockHash) {
-        if self.blocks.get(&hash).is_some_and(|block| block.users == 1) {
-            let block = self.blocks.remove(&hash).expect("it was just seen");
-            self.free.push(block.place);
-            self.note(Change::Removed(hash));
+    /// Gives blocks back of which one has other bytes than were stored. That one goes, unless somebody else uses it too: who
+    /// will notice by himself.
+    pub(super) fn give_back_damaged(&mut self, run: &[Used], damaged: usize) {
+        let hash = run[damaged].hash;
+        if self.blocks.get(&hash).is_none_or(|block| block.users > 1) {
+            return self.give_back(run);
         }
+        let block = self.blocks.remove(&hash).expect("it was just seen");
+        self.free.push(block.place);
+        self.note(Change::Removed(hash));
+        self.give_back(&run[damaged + 1..]);
+        self.give_back(&run[..damaged]);
     }
 
     fn note(&mut self, change: Change) {
@@ -247,10 +252,15 @@ mod tests {
         let mut index = Index::new(2);
         store(&mut index, &hashes(0..2));
         let run = index.take_run(&hashes(0..2));
-        index.condemn(hash(1));
-        index.give_back(&run);
+        index.give_back_damaged(&run, 1);
         assert_eq!(here(&mut index, &hashes(0..2)), 1);
         assert_eq!(store(&mut index, &hashes(0..2)), 2);
+        // Whoever else uses it keeps it.
+        let (one, other) = (index.take_run(&hashes(0..2)), index.take_run(&hashes(0..2)));
+        index.give_back_damaged(&one, 1);
+        assert_eq!(index.blocks[&hash(1)].users, 1);
+        index.give_back_damaged(&other, 1);
+        assert_eq!(here(&mut index, &hashes(0..2)), 1);
     }
 
     proptest! {

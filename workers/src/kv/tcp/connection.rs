@@ -86,7 +86,7 @@ impl Connection {
         Ok(said)
     }
 
-    /// Reads these planes of the handle's tokens, and returns the sum of the bytes as stored.
+    /// Reads these planes of the handle's tokens, and returns the sum of the bytes.
     pub(super) fn read(
         &mut self,
         handle: &KvHandle,

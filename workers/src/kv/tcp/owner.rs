@@ -67,7 +67,10 @@ impl TcpOwner {
             None if address.ip().is_unspecified() => {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidInput,
-                    format!("{} is every address: say which one peers are to use", address.ip()),
+                    format!(
+                        "{} is every address: name the one that peers are to use with --kv-advertise",
+                        address.ip()
+                    ),
                 ));
             }
             None => address.to_string(),
@@ -118,7 +121,8 @@ impl TcpOwner {
     }
 }
 
-fn has_port(host: &str) -> bool {
+/// Whether a host's name or address ends with a port.
+pub fn has_port(host: &str) -> bool {
     // An IPv6 address has colons of its own, and a port only after brackets.
     host.rsplit_once(':').is_some_and(|(before, port)| {
         port.parse::<u16>().is_ok() && (!before.contains(':') || before.ends_with(']'))

@@ -21,9 +21,10 @@ use std::{
     collections::BTreeMap,
     ops::Range,
     sync::{Arc, Mutex},
+    time::Instant,
 };
 
-/// Peers whose connections are kept; the one with the oldest life goes first.
+/// Peers whose connections are kept; the one that was not read for the longest time goes first.
 const PEERS_MAX: usize = 256;
 
 /// Bytes from which on a read is worth another connection.
@@ -36,7 +37,14 @@ const STREAMS_MAX: usize = 4;
 #[derive(Debug)]
 pub struct TcpPeers {
     options: TcpOptions,
-    known: Mutex<BTreeMap<(WorkerId, u64), Arc<TcpPeer>>>,
+    known: Mutex<BTreeMap<(WorkerId, u64), Known>>,
+}
+
+/// A peer, and when it was asked for last.
+#[derive(Debug)]
+struct Known {
+    peer: Arc<TcpPeer>,
+    used: Instant,
 }
 
 impl TcpPeers {
@@ -64,11 +72,12 @@ impl TcpPeers {
         let mut known = self.known.lock().expect("no panics while held");
         let advertised = lease.and_then(|lease| lease.kv_tcp.as_deref());
         let greeting = Greeting::of(handle);
-        if let Some(peer) = known.get(&key)
+        if let Some(Known { peer, used }) = known.get_mut(&key)
             && advertised.is_none_or(|address| address == peer.pool.address())
             // The first handle may have been wrong about the owner.
             && *peer.pool.greeting() == greeting
         {
+            *used = Instant::now();
             return Ok(peer.clone());
         }
         let Some(address) = advertised else {
@@ -76,14 +85,16 @@ impl TcpPeers {
                 if lease.is_none() { "it has no lease in the registry" } else { "it serves no reads" };
             return Err(unreachable(handle, cause.into()));
         };
+        // Owners that are gone are never asked again, and would keep their connections for ever.
+        known.values().for_each(|known| known.peer.pool.drop_old());
         if known.len() >= PEERS_MAX
-            && let Some(oldest) = known.keys().min_by_key(|(_, incarnation)| *incarnation).cloned()
+            && let Some(oldest) = known.iter().min_by_key(|(_, known)| known.used).map(|(key, _)| key.clone())
         {
             known.remove(&oldest);
         }
         let pool = Pool::to(address, greeting, self.options.tls.clone());
         let peer = Arc::new(TcpPeer { pool, streams: self.options.streams.clamp(1, STREAMS_MAX) });
-        known.insert(key, peer.clone());
+        known.insert(key, Known { peer: peer.clone(), used: Instant::now() });
         Ok(peer)
     }
 }

@@ -92,6 +92,14 @@ impl Pool {
         Some(Taken { pool: self, connection: Some(connection), reused: true })
     }
 
+    /// Closes connections that nobody has used for long.
+    pub(super) fn drop_old(&self) {
+        let mut pool = self.connections.lock().expect("no panics while held");
+        let before = pool.idle.len();
+        pool.idle.retain(|(_, since)| since.elapsed() < IDLE_USE_MAX);
+        pool.open -= before - pool.idle.len();
+    }
+
     fn drop_idle(&self) {
         let mut pool = self.connections.lock().expect("no panics while held");
         pool.open -= pool.idle.len();

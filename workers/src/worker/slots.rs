@@ -1,0 +1,77 @@
+//! Slots and their KV: what fits, what is sealed for others, and when a slot is free again.
+
+use super::Worker;
+use crate::{
+    engine::EngineError,
+    kv::{ReadError, Sealed, Slot, Transport, sums},
+};
+use forebay_schemas::{
+    kv::{KvHandle, TokenRange},
+    lifecycle::Lifecycle,
+};
+use forebay_streams::environment::off_thread;
+use std::{sync::Arc, time::Duration};
+
+/// How often a slot is looked at that a copy still holds.
+const SLOT_POLL: Duration = Duration::from_millis(1);
+
+impl Worker {
+    /// Waits until nobody but the caller uses a slot: its KV may still be being kept, or read, although the request is
+    /// over.
+    pub(crate) async fn unused(&self, slot: &Arc<Slot>) {
+        while Arc::strong_count(slot) > 1 {
+            tokio::time::sleep(SLOT_POLL).await;
+        }
+    }
+
+    /// The way to the worker that holds a handle's bytes. Blocks, for a moment, the first time.
+    pub(crate) fn transport(&self, handle: &KvHandle) -> Result<Arc<dyn Transport>, ReadError> {
+        let lease = self.workers.borrow().get(&handle.agent).cloned();
+        self.peers.transport(handle, lease.as_deref())
+    }
+
+    /// Seals a range of a slot's positions, which nobody writes any more, under a lease.
+    pub(crate) async fn seal(
+        self: &Arc<Self>,
+        slot: &Arc<Slot>,
+        lease: &Sealed,
+        tokens: TokenRange,
+    ) -> KvHandle {
+        let layout = self.runner.card().layout;
+        let (worker, held) = (self.clone(), slot.clone());
+        let checksums = off_thread(move || sums(worker.runner.kv(), &layout, held.index(), tokens)).await;
+        self.handle(slot, lease, tokens, checksums)
+    }
+
+    /// Whether a sequence fits into a slot. Another worker of the model may have longer ones, and the gateway goes by its
+    /// card.
+    pub(crate) fn check_context(&self, slot: &Slot, state: &Lifecycle) -> Result<(), EngineError> {
+        let (tokens, limit) = (state.sequence().len() as u32, self.runner.card().context_limit);
+        if tokens < limit {
+            return Ok(());
+        }
+        Err(EngineError::ContextFull { slot: slot.index(), start: 0, tokens, limit })
+    }
+
+    /// What an event says of sealed KV in one of this worker's slots.
+    pub(super) fn handle(
+        &self,
+        slot: &Slot,
+        lease: &Sealed,
+        tokens: TokenRange,
+        checksums: Vec<u64>,
+    ) -> KvHandle {
+        KvHandle {
+            agent: self.id.clone(),
+            incarnation: self.incarnation,
+            layout: self.runner.card().layout,
+            layout_hash: self.model.layout_hash,
+            slot: slot.index(),
+            generation: lease.generation(),
+            tokens,
+            checksums,
+            lease_remaining_ms: lease.remaining().as_millis() as u32,
+            capability: lease.capability(),
+        }
+    }
+}
