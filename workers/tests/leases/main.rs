@@ -26,7 +26,7 @@ macro_rules! conformance {
         mod nixl {
             $(#[tokio::test(start_paused = true)] async fn $name() {
                 if super::site::library().is_none() {
-                    return eprintln!("SKIPPED: this build or this machine has no NIXL");
+                    return super::site::skipped(stringify!($name));
                 }
                 super::$name(super::site::Way::Nixl).await;
             })+

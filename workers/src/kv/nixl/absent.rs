@@ -35,7 +35,14 @@ impl Agent {
         match *self {}
     }
 
+    pub(super) fn forget(&self, _name: &str) {
+        match *self {}
+    }
+
     pub(super) fn read(&self, _from: &str, _spans: &[Span]) -> Result<(), NixlError> {
         match *self {}
     }
 }
+
+/// Ends the process as it should be ended where NIXL was used: here, as ever.
+pub fn end_process(_status: impl FnOnce() -> i32) {}

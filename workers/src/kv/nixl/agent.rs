@@ -6,17 +6,23 @@ use super::{NixlError, READ_TIMEOUT, Span};
 use forebay_kernels::Region;
 use forebay_streams::environment;
 use nixl_sys::{
-    AgentConfig, Backend, MemType, MemoryRegion, NixlDescriptor, OptArgs, RegistrationHandle, XferDescList,
-    XferOp, XferStatus,
+    AgentConfig, Backend, MemType, MemoryRegion, NixlDescriptor, OptArgs, RegistrationHandle, ThreadSync,
+    XferDescList, XferOp, XferStatus,
 };
 use std::{
     mem::ManuallyDrop,
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
 const NAME: &str = "libnixl_capi.so";
+
+/// An agent has begun in this process.
+static USED: AtomicBool = AtomicBool::new(false);
 
 /// Regions that one agent knows: a worker has one.
 const REGIONS_MAX: usize = 4;
@@ -74,8 +80,9 @@ pub(super) struct Agent {
 impl Agent {
     pub(super) fn start(_library: &Library) -> Result<Agent, NixlError> {
         let name = environment::name::<forebay_schemas::ids::WorkerId>("kv").to_string();
-        let agent =
-            nixl_sys::Agent::new_configured(&name, &AgentConfig::default()).map_err(failed("agent"))?;
+        USED.store(true, Ordering::Relaxed);
+        let config = AgentConfig { thread_sync: ThreadSync::Strict, ..AgentConfig::default() };
+        let agent = nixl_sys::Agent::new_configured(&name, &config).map_err(failed("agent"))?;
         let (_, params) = agent.get_plugin_params("UCX").map_err(failed("plugin UCX"))?;
         let backend = agent.create_backend("UCX", &params).map_err(failed("backend UCX"))?;
         Ok(Agent { agent, backend, regions: Mutex::default() })
@@ -121,6 +128,13 @@ impl Agent {
         self.agent.load_remote_md(metadata).map_err(failed("loading metadata"))
     }
 
+    /// Ends the connection to another agent, and with it what is under way on it.
+    pub(super) fn forget(&self, name: &str) {
+        if let Err(error) = self.agent.invalidate_remote_md(name) {
+            tracing::debug!(name, %error, "NIXL does not forget a worker");
+        }
+    }
+
     /// Reads from another agent's memory. When it returns, nothing is written any more.
     pub(super) fn read(&self, from: &str, spans: &[Span]) -> Result<(), NixlError> {
         let mut local = XferDescList::new(MemType::Dram).map_err(failed("descriptors"))?;
@@ -155,6 +169,15 @@ impl Agent {
                 XferStatus::InProgress => std::thread::yield_now(),
             }
         }
+    }
+}
+
+/// Ends the process without what libraries do at its exit, if NIXL was used: its threads still run then.
+pub fn end_process(status: impl FnOnce() -> i32) {
+    if USED.load(Ordering::Relaxed) {
+        let status = status();
+        // SAFETY: it takes a number and does not return. What must be written was written before.
+        unsafe { libc::_exit(status) }
     }
 }
 

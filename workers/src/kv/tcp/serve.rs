@@ -76,7 +76,11 @@ impl Served {
             // No secret, and a reader that is late is to be told.
             Operation::Generation => Answer::Done(self.leases.word(shown.slot).generation()),
             Operation::Check => self.readable(request),
-            Operation::Introduction => return self.introduce(link),
+            Operation::Introduction => match self.leases.check(shown) {
+                // Who knows the agent can read all of the region.
+                Err(denied) => Answer::Denied(denied),
+                Ok(()) => return self.introduce(link),
+            },
             Operation::Read(tokens, planes) => return self.send(request, *tokens, planes.clone(), link),
         };
         link.send(&answer.encode(), false)
