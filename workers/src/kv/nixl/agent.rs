@@ -10,6 +10,7 @@ use nixl_sys::{
     XferDescList, XferOp, XferStatus,
 };
 use std::{
+    error::Error,
     mem::ManuallyDrop,
     path::{Path, PathBuf},
     sync::{
@@ -37,7 +38,10 @@ impl Library {
         let path = folder.map_or_else(|| PathBuf::from(NAME), |folder| folder.join(NAME));
         // SAFETY: whoever names or installs the library vouches for what it does when it is loaded.
         let loaded = unsafe { libloading::Library::new(&path) };
-        let library = loaded.map_err(|error| NixlError::NotFound { path, cause: error.to_string() })?;
+        let library = loaded.map_err(|error| {
+            let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            NixlError::NotFound { path, cause }
+        })?;
         // The stub looks for it by its bare name, and finds it only for as long as it is loaded.
         std::mem::forget(library);
         Ok(Library(()))
