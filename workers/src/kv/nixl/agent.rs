@@ -72,13 +72,15 @@ impl NixlDescriptor for Mapped {
     }
 }
 
+type Registered = ((u64, u64), Mapped, ManuallyDrop<RegistrationHandle>);
+
 /// One side of reads.
 #[derive(Debug)]
 pub(super) struct Agent {
     agent: nixl_sys::Agent,
     backend: Backend,
     /// By device and inode of the memory. Mappings of the agent's own, so that none can end under a transfer.
-    regions: Mutex<Vec<((u64, u64), Mapped, ManuallyDrop<RegistrationHandle>)>>,
+    regions: Mutex<Vec<Registered>>,
 }
 
 impl Agent {
