@@ -35,6 +35,14 @@ impl Sequence {
         self.tokens.len() as u32 - self.filled
     }
 
+    /// Tokens of the next chunk, of at most `most`. A prefill's reader copies chunk after chunk: the last one of several is
+    /// halved, so that less is left to copy when it is done.
+    fn next_chunk(&self, most: u32) -> u32 {
+        let behind = self.behind();
+        let ends_a_prefill = self.remaining == 1 && self.filled > 0 && behind <= most;
+        if ends_a_prefill && behind > most / 2 { behind.div_ceil(2) } else { behind.min(most) }
+    }
+
     /// More than one: their logits but the last are of no use, and they run as a chunk.
     fn is_prefilling(&self) -> bool {
         self.behind() > 1 || self.filled == 0
@@ -160,7 +168,7 @@ impl Scheduler {
         let mut chunks = Vec::new();
         for slot in self.prompts.iter().copied().filter(|slot| can_take(*slot)) {
             let sequence = &self.sequences[&slot];
-            let count = sequence.behind().min(left);
+            let count = sequence.next_chunk(left);
             chunks.push(Chunk { slot, start: sequence.filled, count, last: count == sequence.behind() });
             left -= count;
             if left == 0 {
@@ -257,6 +265,21 @@ mod tests {
         scheduler.filled(&step.chunks[0]);
         let step = scheduler.plan(|_| true);
         assert_eq!(step, Step { chunks: vec![chunk(0, 8, 1, true)], rows: vec![] });
+    }
+
+    #[test]
+    fn the_end_of_a_prefill_is_halved() {
+        let mut scheduler = scheduler(1);
+        scheduler.add(sequence(0, 16, 0, 1));
+        let mut counts = Vec::new();
+        while let Some(chunk) = scheduler.plan(|_| true).chunks.first() {
+            counts.push(chunk.count);
+            scheduler.filled(chunk);
+            if chunk.last {
+                break;
+            }
+        }
+        assert_eq!(counts, [8, 4, 4]);
     }
 
     #[test]

@@ -13,9 +13,18 @@ use forebay_schemas::{
     cache::{BLOCK_TOKENS, BlockHash},
     kv::{KvGeometry, KvLayout, TokenRange},
 };
-use forebay_streams::environment::pause;
+use forebay_streams::environment::{is_simulated, pause};
 use index::{Index, Used};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::{
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+/// How long one block that is being stored is waited for ...
+const ARRIVAL_MAX: Duration = Duration::from_secs(1);
+
+/// ... and how often it is looked for.
+const ARRIVAL_POLL: Duration = Duration::from_millis(1);
 
 /// More blocks are of no use: what is known of them would take more than they do.
 const BLOCKS_MAX: u64 = 1 << 20;
@@ -55,24 +64,51 @@ impl BlockCache {
     /// Copies what there is of a sequence's first blocks into the beginning of a slot, and returns how many tokens that
     /// are. Blocks for as long as the copy takes.
     pub fn load(&self, hashes: &[BlockHash], into: SlotOf<'_>) -> u32 {
-        let run = self.index().take_run(hashes);
-        for (number, used) in run.iter().enumerate() {
-            pause();
-            if self.copy_out(*used, number as u32, into) != used.sum {
-                tracing::error!(block = %used.hash, "a cached block is damaged; it is computed again");
-                self.index().give_back_damaged(&run, number);
-                return number as u32 * BLOCK_TOKENS;
+        let mut run = self.index().take_run(hashes);
+        let mut whole = 0;
+        while whole < hashes.len() {
+            if whole == run.len() {
+                let Some(used) = self.take_arriving(hashes[whole]) else { break };
+                run.push(used);
             }
+            pause();
+            let used = run[whole];
+            if self.copy_out(used, whole as u32, into) != used.sum {
+                tracing::error!(block = %used.hash, "a cached block is damaged; it is computed again");
+                self.index().give_back_damaged(&run, whole);
+                return whole as u32 * BLOCK_TOKENS;
+            }
+            whole += 1;
         }
         self.index().give_back(&run);
-        run.len() as u32 * BLOCK_TOKENS
+        whole as u32 * BLOCK_TOKENS
+    }
+
+    /// A block that was not here, once it is, if somebody is about to store it: who asks again right after an answer
+    /// should not compute what is being copied.
+    fn take_arriving(&self, hash: BlockHash) -> Option<Used> {
+        let begun = Instant::now();
+        loop {
+            let mut index = self.index();
+            if let Some(used) = index.take(hash) {
+                return Some(used);
+            }
+            // In a simulation nobody would go on storing meanwhile.
+            if !index.is_expected(hash) || is_simulated() || begun.elapsed() > ARRIVAL_MAX {
+                return None;
+            }
+            drop(index);
+            std::thread::sleep(ARRIVAL_POLL);
+        }
     }
 
     /// Keeps the first blocks of a slot that holds the KV of these and that nobody writes to meanwhile. Those that are
     /// here already are not copied. Blocks for as long as the copy takes.
     pub fn store(&self, hashes: &[BlockHash], from: SlotOf<'_>) {
         let mut run = self.index().take_run(hashes);
-        for hash in &hashes[run.len()..] {
+        let missing = &hashes[run.len()..];
+        self.index().expect(missing);
+        for hash in missing {
             // A later block may be here although the one before was not.
             let known = self.index().take(*hash);
             let used = match known {
@@ -86,7 +122,9 @@ impl BlockCache {
             };
             run.push(used);
         }
-        self.index().give_back(&run);
+        let mut index = self.index();
+        index.expect_no_more(missing);
+        index.give_back(&run);
     }
 
     /// Changes since this was asked last, for the router's index.
@@ -208,6 +246,22 @@ mod tests {
         assert_eq!(cache.blocks(), 2);
         cache.store(&hashes(48), of(&region, 0));
         assert_eq!(cache.load(&hashes(48), of(&target, 0)), 48);
+        assert_eq!(bytes_of(&target, 0, 48), bytes_of(&region, 0, 48));
+    }
+
+    #[test]
+    fn blocks_that_are_being_stored_are_waited_for() {
+        let (region, cache) = (region(), cache(8));
+        let hashes = hashes(48);
+        cache.store(&hashes[..1], of(&region, 0));
+        cache.index().expect(&hashes[1..]);
+        let target = Region::create("other", LAYOUT.region_bytes()).unwrap();
+        std::thread::scope(|scope| {
+            let loading = scope.spawn(|| cache.load(&hashes, of(&target, 0)));
+            std::thread::sleep(Duration::from_millis(20));
+            cache.store(&hashes, of(&region, 0));
+            assert_eq!(loading.join().unwrap(), 48);
+        });
         assert_eq!(bytes_of(&target, 0, 48), bytes_of(&region, 0, 48));
     }
 

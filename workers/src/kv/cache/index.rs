@@ -2,7 +2,7 @@
 //! caller's.
 
 use forebay_schemas::cache::BlockHash;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Changes that wait for whoever publishes them. More are forgotten, and it is said that they were.
 const CHANGES_MAX: usize = 4096;
@@ -51,6 +51,8 @@ pub(super) struct Index {
     fresh: u32,
     total: u32,
     tick: u64,
+    /// Blocks that are being stored.
+    arriving: HashSet<BlockHash>,
     changes: Vec<Change>,
     lost: bool,
 }
@@ -65,6 +67,7 @@ impl Index {
             fresh: 0,
             total,
             tick: 0,
+            arriving: HashSet::new(),
             changes: Vec::new(),
             lost: false,
         }
@@ -102,6 +105,23 @@ impl Index {
                 self.idle.insert(self.tick, used.hash);
             }
         }
+    }
+
+    /// Blocks are about to be stored, one after another.
+    pub(super) fn expect(&mut self, hashes: &[BlockHash]) {
+        self.arriving.extend(hashes);
+    }
+
+    /// No more of them will come from where they were expected.
+    pub(super) fn expect_no_more(&mut self, hashes: &[BlockHash]) {
+        for hash in hashes {
+            self.arriving.remove(hash);
+        }
+    }
+
+    /// Whether somebody is about to store a block.
+    pub(super) fn is_expected(&self, hash: BlockHash) -> bool {
+        self.arriving.contains(&hash)
     }
 
     /// A place for one more block. If there is none, the block that was not used for the longest time goes; if all are
