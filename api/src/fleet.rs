@@ -79,6 +79,7 @@ pub(crate) fn decode_lease(worker: forebay_schemas::ids::WorkerId) -> WorkerLeas
         host: String::new(),
         kv_socket: String::new(),
         kv_tcp: None,
+        kv_nixl: false,
         active_tokens: 0,
         prefill_tokens: 0,
         draining: false,

@@ -4,6 +4,7 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use forebay_workers::kv::{
     Choice, KvOptions,
+    nixl::{Library, NixlError},
     tcp::{TcpListen, TcpOptions, Tls, TlsFiles, has_port},
 };
 use std::{
@@ -14,10 +15,12 @@ use std::{
 /// Transports by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Transport {
-    /// Shared memory between workers on one host, `tcp` otherwise.
+    /// Shared memory between workers on one host; otherwise `nixl` where both have it, and `tcp` where not.
     Auto,
     /// Shared memory only.
     Shm,
+    /// NIXL only, even on one host. Needs a build with the feature `nixl`.
+    Nixl,
     /// TCP only, even on one host.
     Tcp,
 }
@@ -27,6 +30,10 @@ pub(crate) struct KvArgs {
     /// How this worker reads KV from others.
     #[arg(long, env = "FOREBAY_KV_TRANSPORT", value_enum, default_value = "auto", value_name = "TRANSPORT")]
     kv_transport: Transport,
+    /// Folder of libnixl_capi.so, in builds with the feature `nixl`. Default: .forebay/nixl/lib in the working directory or
+    /// above, or where the system's loader looks.
+    #[arg(long, env = "FOREBAY_NIXL", value_name = "DIR")]
+    nixl: Option<PathBuf>,
     /// Where workers on other hosts read this one's KV. Default: the address by which it reaches NATS, any port.
     #[arg(long, env = "FOREBAY_KV_LISTEN", value_name = "ADDR:PORT")]
     kv_listen: Option<SocketAddr>,
@@ -55,6 +62,7 @@ impl KvArgs {
         let choice = match self.kv_transport {
             Transport::Auto => Choice::Auto,
             Transport::Shm => Choice::Shm,
+            Transport::Nixl => Choice::Nixl,
             Transport::Tcp => Choice::Tcp,
         };
         let listen = match (choice, self.kv_listen) {
@@ -67,15 +75,52 @@ impl KvArgs {
         };
         let tls =
             self.tls_files().map(|files| Tls::load(&files)).transpose().context("TLS between workers")?;
+        let nixl = self.library(choice, tls.is_some())?;
         let advertise = self.kv_advertise.clone();
         let listen = listen.map(|address| TcpListen { address, advertise, tls: tls.clone() });
-        Ok(KvOptions { choice, listen, tcp: TcpOptions { streams: self.kv_streams as usize, tls } })
+        Ok(KvOptions { choice, listen, tcp: TcpOptions { streams: self.kv_streams as usize, tls }, nixl })
+    }
+
+    /// NIXL, if it may be used and is there.
+    fn library(&self, choice: Choice, is_encrypted: bool) -> anyhow::Result<Option<Library>> {
+        match choice {
+            Choice::Shm | Choice::Tcp => return Ok(None),
+            Choice::Nixl if is_encrypted => {
+                bail!(
+                    "--kv-tls-… encrypts reads over tcp, and with --kv-transport nixl the bytes would go in the clear"
+                );
+            }
+            Choice::Auto if is_encrypted => {
+                tracing::info!("no nixl: it would not encrypt KV as --kv-tls-… asks");
+                return Ok(None);
+            }
+            Choice::Auto | Choice::Nixl => {}
+        }
+        match Library::load(self.nixl.clone().or_else(fetched).as_deref()) {
+            Ok(library) => Ok(Some(library)),
+            Err(error) if choice == Choice::Nixl => {
+                tracing::warn!(%error, "no nixl");
+                Err(error).context("--kv-transport nixl")
+            }
+            // A build without it has nothing to say of it.
+            Err(NixlError::NotBuilt) => Ok(None),
+            Err(error) => {
+                tracing::info!(%error, "no nixl; KV is read without it");
+                Ok(None)
+            }
+        }
     }
 
     fn tls_files(&self) -> Option<TlsFiles> {
         let (certificate, key) = (self.kv_tls_cert.clone()?, self.kv_tls_key.clone()?);
         Some(TlsFiles { certificate, key, authorities: self.kv_tls_ca.clone()? })
     }
+}
+
+/// What `scripts/setup.sh nixl` fetches, in the working directory or above.
+fn fetched() -> Option<PathBuf> {
+    let here = std::env::current_dir().ok()?;
+    here.ancestors().map(|folder| folder.join(".forebay/nixl/lib")).find(|folder| folder.is_dir())
 }
 
 /// This machine's address on the way to a server, with port 0.

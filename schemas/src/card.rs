@@ -81,6 +81,9 @@ pub struct WorkerLease {
     /// Where peers on other hosts read its KV over TCP, as `address:port`, if it serves them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_tcp: Option<String>,
+    /// It introduces its NIXL agent to who asks there, so that its KV can be read over `nixl` too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kv_nixl: bool,
     /// Tokens whose KV its running sequences hold.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub active_tokens: u32,

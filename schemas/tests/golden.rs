@@ -237,6 +237,7 @@ fn frozen_registry_entries_decode_and_encode() {
         host: "node-1/6a1f0b52-3c44-4c51-9f86-0c3c0e1f2a3b".into(),
         kv_socket: "/run/forebay/decode-0a1b2c3d.sock".into(),
         kv_tcp: None,
+        kv_nixl: false,
         active_tokens: 0,
         prefill_tokens: 0,
         draining: false,

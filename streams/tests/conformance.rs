@@ -403,6 +403,7 @@ async fn models_outlive_and_leases_lapse(streams: Streams) {
         host: "here".into(),
         kv_socket: String::new(),
         kv_tcp: None,
+        kv_nixl: false,
         active_tokens: 0,
         prefill_tokens: 0,
         draining: false,

@@ -109,6 +109,7 @@ fn lease(worker: &str, free_slots: u32) -> WorkerLease {
         host: "here".into(),
         kv_socket: String::new(),
         kv_tcp: None,
+        kv_nixl: false,
         active_tokens: 0,
         prefill_tokens: 0,
         own_queue: false,

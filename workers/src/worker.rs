@@ -6,6 +6,7 @@ mod pulls;
 mod slots;
 
 pub(crate) use cancels::CancelFlag;
+use lease::Ways;
 use pulls::RESIGN_MAX;
 pub(crate) use pulls::{NO_LOG_PAUSE, NO_LOG_TRIES};
 
@@ -13,13 +14,16 @@ use crate::{
     decode,
     engine::{Engine, EngineCard},
     kv::{
-        BlockCache, KvOptions, KvPeers, Leases, SlotPool, publish, shm,
+        BlockCache, Choice, KvOptions, KvPeers, Leases, SlotPool,
+        nixl::{NixlError, NixlOwner},
+        publish, shm,
         tcp::{TcpListen, TcpOwner},
     },
     prefill,
     runner::{EngineStopped, Runner},
     scheduler::Budget,
 };
+use forebay_kernels::Region;
 use forebay_schemas::{
     card::ModelCard,
     dead_letter::DeadLetter,
@@ -119,6 +123,9 @@ pub enum WorkerError {
         /// What happened.
         source: std::io::Error,
     },
+    /// NIXL was asked for, and can't be used.
+    #[error("{0}; any other --kv-transport works without it")]
+    Nixl(#[from] NixlError),
     /// The engine panicked. What ran here goes on elsewhere.
     #[error(transparent)]
     Engine(#[from] EngineStopped),
@@ -163,7 +170,7 @@ pub(crate) struct Worker {
 ///
 /// `model` is published as the model's card; its `context_tokens` and `layout_hash` must be the engine's.
 pub async fn run(
-    config: WorkerConfig,
+    mut config: WorkerConfig,
     engine: Box<dyn Engine>,
     model: ModelCard,
     tokenizer: Arc<Tokenizer>,
@@ -185,6 +192,7 @@ pub async fn run(
             .map_err(|source| WorkerError::Listen { address: listen.address, source })
     };
     let tcp_owner = config.kv.listen.as_ref().map(serve).transpose()?;
+    let nixl_owner = serve_over_nixl(&mut config.kv, tcp_owner.as_ref(), runner.kv())?;
     streams.tasks.ensure(&model.key).await?;
     streams.catalog.publish_model(&model).await?;
     let worker = Arc::new(Worker {
@@ -212,8 +220,12 @@ pub async fn run(
     });
     tracing::info!(worker = %worker.id, model = worker.model.name, slots = layout.slots, "ready");
     let mut background = JoinSet::new();
-    let kv_tcp = tcp_owner.as_ref().map(|owner| owner.advertised().to_owned());
-    background.spawn(in_process(worker.clone().hold_lease(owner.path().display().to_string(), kv_tcp)));
+    let ways = Ways {
+        socket: owner.path().display().to_string(),
+        tcp: tcp_owner.as_ref().map(|owner| owner.advertised().to_owned()),
+        nixl: nixl_owner.is_some(),
+    };
+    background.spawn(in_process(worker.clone().hold_lease(ways)));
     background.spawn(in_process(worker.clone().hear_cancels()));
     background.spawn(in_process(worker.clone().keep_budget()));
     if worker.config.role == Role::Decode {
@@ -233,6 +245,32 @@ pub async fn run(
     }
     worker.bow_out().await;
     outcome
+}
+
+/// Has this worker's KV read over NIXL too, if there is one. Where it does not work, and nobody insists on it, it is as
+/// if there were none.
+fn serve_over_nixl(
+    kv: &mut KvOptions,
+    tcp: Option<&TcpOwner>,
+    region: &Region,
+) -> Result<Option<NixlOwner>, NixlError> {
+    let (Some(library), Some(tcp)) = (&kv.nixl, tcp) else { return Ok(None) };
+    match NixlOwner::register(library, region) {
+        Ok(owner) => {
+            owner.introduce_by(tcp);
+            tracing::info!("nixl: KV is read over it, if both sides have it");
+            Ok(Some(owner))
+        }
+        Err(error) if kv.choice == Choice::Nixl => {
+            tracing::warn!(%error, "no nixl");
+            Err(error)
+        }
+        Err(error) => {
+            tracing::info!(%error, "no nixl; KV is read without it");
+            kv.nixl = None;
+            Ok(None)
+        }
+    }
 }
 
 impl Worker {

@@ -84,6 +84,7 @@ mod tests {
             host: String::new(),
             kv_socket: String::new(),
             kv_tcp: None,
+            kv_nixl: false,
             active_tokens: 0,
             prefill_tokens: 0,
             draining: false,

@@ -7,6 +7,7 @@
 mod cache;
 mod greeting;
 mod lease;
+pub mod nixl;
 mod peers;
 mod pool;
 mod publish;

@@ -17,6 +17,7 @@ mod tls;
 mod wire;
 
 pub use owner::{TcpListen, TcpOwner, has_port};
+pub(super) use peers::TcpPeer;
 pub use peers::TcpPeers;
 pub use tls::{TLS_NAME, Tls, TlsError, TlsFiles};
 

@@ -16,10 +16,17 @@ const SLOTS_LOOK: Duration = Duration::from_millis(25);
 /// So many tokens to prefill, more or less than the lease says, are worth renewing it for.
 const PREFILL_NEWS: u32 = 256;
 
+/// How peers read its KV.
+pub(super) struct Ways {
+    pub(super) socket: String,
+    pub(super) tcp: Option<String>,
+    pub(super) nixl: bool,
+}
+
 impl Worker {
     /// Renews the worker's lease several times within its time, at once when the worker is told to stop, and soon when it
     /// has another number of free slots, or much more or less to prefill: gateways route by that.
-    pub(super) async fn hold_lease(self: Arc<Self>, kv_socket: String, kv_tcp: Option<String>) {
+    pub(super) async fn hold_lease(self: Arc<Self>, kv: Ways) {
         let host = shm::host_id();
         let pause = self.streams.registry.lease_time() / 4;
         loop {
@@ -32,8 +39,9 @@ impl Worker {
                 slots: self.slots.total(),
                 free_slots: self.slots.free(),
                 host: host.clone(),
-                kv_socket: kv_socket.clone(),
-                kv_tcp: kv_tcp.clone(),
+                kv_socket: kv.socket.clone(),
+                kv_tcp: kv.tcp.clone(),
+                kv_nixl: kv.nixl,
                 active_tokens: self.runner.active_tokens(),
                 prefill_tokens: self.runner.prefill_tokens(),
                 draining: self.stop.is_cancelled(),

@@ -98,7 +98,7 @@ pub(crate) async fn an_owner_that_is_killed_under_a_reader_gives_its_bytes_or_an
             read.unwrap();
             assert!(reader.has(&handle));
         }
-        Way::Tcp => assert!(matches!(read, Err(ReadError::Unreachable { .. })), "{read:?}"),
+        Way::Tcp | Way::Nixl => assert!(matches!(read, Err(ReadError::Unreachable { .. })), "{read:?}"),
     }
     // Who has not met it yet can't any more, and is told so.
     let read = late.find_and_read(&handle, &lease);

@@ -23,6 +23,14 @@ macro_rules! conformance {
         mod tcp {
             $(#[tokio::test(start_paused = true)] async fn $name() { super::$name(super::site::Way::Tcp).await; })+
         }
+        mod nixl {
+            $(#[tokio::test(start_paused = true)] async fn $name() {
+                if super::site::library().is_none() {
+                    return super::site::skipped(stringify!($name));
+                }
+                super::$name(super::site::Way::Nixl).await;
+            })+
+        }
     };
 }
 

@@ -8,7 +8,7 @@ use forebay_schemas::{
     task::Role,
 };
 use forebay_workers::kv::{
-    Choice, KvOptions, KvPeers, Leases, ReadError, Sealed, Transport, read_kv, shm, sums,
+    Choice, KvOptions, KvPeers, Leases, ReadError, Sealed, Transport, nixl, read_kv, shm, sums,
     tcp::{TcpListen, TcpOptions, TcpOwner, Tls},
 };
 use std::{
@@ -42,15 +42,17 @@ pub(crate) const SLOT: u32 = 1;
 pub(crate) enum Way {
     Shm,
     Tcp,
+    Nixl,
 }
 
 impl Way {
-    pub(crate) const ALL: [Way; 2] = [Way::Shm, Way::Tcp];
+    pub(crate) const ALL: [Way; 3] = [Way::Shm, Way::Tcp, Way::Nixl];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Way::Shm => "shm",
             Way::Tcp => "tcp",
+            Way::Nixl => "nixl",
         }
     }
 
@@ -58,9 +60,22 @@ impl Way {
         let choice = match self {
             Way::Shm => Choice::Shm,
             Way::Tcp => Choice::Tcp,
+            Way::Nixl => Choice::Nixl,
         };
-        KvOptions { choice, listen: None, tcp: TcpOptions { streams: 3, tls: None } }
+        KvOptions { choice, listen: None, tcp: TcpOptions { streams: 3, tls: None }, nixl: library() }
     }
+}
+
+/// NIXL, if this build and this machine have it: in the folder that FOREBAY_NIXL names, or where the loader looks.
+pub(crate) fn library() -> Option<nixl::Library> {
+    let folder = std::env::var_os("FOREBAY_NIXL").map(PathBuf::from);
+    nixl::Library::load(folder.as_deref()).ok()
+}
+
+/// Says so on the descriptor itself: the harness keeps what a test prints to itself if it passes.
+pub(crate) fn skipped(name: &str) {
+    let line = format!("SKIPPED nixl::{name}: this build or this machine has no NIXL\n");
+    rustix::io::write(rustix::stdio::stderr(), line.as_bytes()).unwrap();
 }
 
 /// A worker with something in its region.
@@ -71,6 +86,7 @@ pub(crate) struct Owner {
     layout: KvLayout,
     shm: Option<shm::ShmOwner>,
     tcp: Option<TcpOwner>,
+    nixl: Option<nixl::NixlOwner>,
     folder: PathBuf,
 }
 
@@ -99,13 +115,14 @@ impl Owner {
             host: shm::host_id(),
             kv_socket: String::new(),
             kv_tcp: None,
+            kv_nixl: false,
             active_tokens: 0,
             prefill_tokens: 0,
             draining: false,
             kv_leases: 1,
             own_queue: false,
         };
-        let mut owner = Owner { region, leases, lease, layout, shm: None, tcp: None, folder };
+        let mut owner = Owner { region, leases, lease, layout, shm: None, tcp: None, nixl: None, folder };
         owner.listen(address);
         owner
     }
@@ -123,6 +140,14 @@ impl Owner {
             .unwrap();
         let listen = TcpListen { address, advertise: None, tls };
         let tcp = TcpOwner::listen(&listen, worker, *incarnation, kv, self.leases.clone()).unwrap();
+        if let Some(library) = library() {
+            let nixl = self
+                .nixl
+                .take()
+                .unwrap_or_else(|| nixl::NixlOwner::register(&library, &self.region).unwrap());
+            nixl.introduce_by(&tcp);
+            self.nixl = Some(nixl);
+        }
         self.lease.kv_socket = shm.path().display().to_string();
         self.lease.kv_tcp = Some(tcp.advertised().to_owned());
         (self.shm, self.tcp) = (Some(shm), Some(tcp));

@@ -50,6 +50,7 @@ impl Owner {
             host: shm::host_id(),
             kv_socket: shm.path().display().to_string(),
             kv_tcp: Some(tcp.advertised().to_owned()),
+            kv_nixl: false,
             active_tokens: 0,
             prefill_tokens: 0,
             own_queue: false,

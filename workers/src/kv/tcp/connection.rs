@@ -4,7 +4,7 @@ use super::{
     BRIEF_TIMEOUT, CONNECT_TIMEOUT, IO_TIMEOUT,
     link::Link,
     tls::Tls,
-    wire::{ANSWER_BYTES, Answer, GATHER_BELOW, MAGIC, Operation, Request, frames},
+    wire::{ANSWER_BYTES, Answer, GATHER_BELOW, INTRODUCTION_MAX, MAGIC, Operation, Request, frames},
 };
 use crate::kv::greeting::Greeting;
 use forebay_kernels::{Checksum, Region};
@@ -73,6 +73,17 @@ impl Connection {
         let answer = self.ask(operation, handle);
         self.link.patience(IO_TIMEOUT)?;
         answer
+    }
+
+    /// Asks how to read by other means; empty if there are none.
+    pub(super) fn introduction(&mut self, handle: &KvHandle) -> Result<Vec<u8>, Failure> {
+        let length = self.ask(Operation::Introduction, handle)?;
+        if length > INTRODUCTION_MAX as u64 {
+            return Err(Failure::Broken(io::ErrorKind::InvalidData.into()));
+        }
+        let mut said = vec![0; length as usize];
+        self.link.receive(&mut said)?;
+        Ok(said)
     }
 
     /// Reads these planes of the handle's tokens, and returns the sum of the bytes.

@@ -12,7 +12,7 @@ use std::{
     io,
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -32,6 +32,7 @@ pub struct TcpOwner {
     advertised: String,
     over: Arc<AtomicBool>,
     connections: Connections,
+    served: Arc<Served>,
 }
 
 /// Where an owner listens.
@@ -76,9 +77,20 @@ impl TcpOwner {
         };
         let (region, layout, layout_hash) = kv;
         let greeting = Greeting { worker: worker.clone(), incarnation, layout, layout_hash };
-        let served = Arc::new(Served { greeting, region, leases, tls: listen.tls.clone() });
-        let owner =
-            TcpOwner { listener, advertised, over: Arc::default(), connections: Connections::default() };
+        let served = Arc::new(Served {
+            greeting,
+            region,
+            leases,
+            tls: listen.tls.clone(),
+            introduction: OnceLock::new(),
+        });
+        let owner = TcpOwner {
+            listener,
+            advertised,
+            over: Arc::default(),
+            connections: Connections::default(),
+            served: served.clone(),
+        };
         let (listener, over, connections) =
             (owner.listener.clone(), owner.over.clone(), owner.connections.clone());
         // Leases are timed by the runtime's clock, which a test may have stopped.
@@ -96,6 +108,11 @@ impl TcpOwner {
             }
         })?;
         Ok(owner)
+    }
+
+    /// Says to whoever asks how to read by other means. Only the first time counts.
+    pub(in crate::kv) fn introduce(&self, introduction: Vec<u8>) {
+        let _ = self.served.introduction.set(introduction);
     }
 
     /// What peers connect to, as `host:port`.

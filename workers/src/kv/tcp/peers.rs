@@ -59,6 +59,15 @@ impl TcpPeers {
         handle: &KvHandle,
         lease: Option<&WorkerLease>,
     ) -> Result<Arc<dyn Transport>, ReadError> {
+        Ok(self.tcp_peer(handle, lease)?)
+    }
+
+    /// The same, with what only `tcp` answers.
+    pub(in crate::kv) fn tcp_peer(
+        &self,
+        handle: &KvHandle,
+        lease: Option<&WorkerLease>,
+    ) -> Result<Arc<TcpPeer>, ReadError> {
         let key = (handle.agent.clone(), handle.incarnation);
         let mut known = self.known.lock().expect("no panics while held");
         let advertised = lease.and_then(|lease| lease.kv_tcp.as_deref());
@@ -96,12 +105,24 @@ fn unreachable(handle: &KvHandle, cause: String) -> ReadError {
 
 /// One owner.
 #[derive(Debug)]
-struct TcpPeer {
+pub(in crate::kv) struct TcpPeer {
     pool: Pool,
     streams: usize,
 }
 
 impl TcpPeer {
+    /// How to read by other means; empty if there are none.
+    pub(in crate::kv) fn introduction(&self, handle: &KvHandle) -> Result<Vec<u8>, ReadError> {
+        self.pool
+            .with(|connection| connection.introduction(handle))
+            .map_err(|failure| self.failed(failure, handle))
+    }
+
+    /// Whether a read would be served now.
+    pub(in crate::kv) fn check(&self, handle: &KvHandle) -> Result<(), ReadError> {
+        self.ask(&Operation::Check, handle).map(drop)
+    }
+
     fn ask(&self, operation: &Operation, handle: &KvHandle) -> Result<u64, ReadError> {
         self.pool
             .with(|connection| connection.ask(operation.clone(), handle))

@@ -15,7 +15,7 @@ use forebay_schemas::kv::TokenRange;
 use std::{
     io::{self, ErrorKind},
     ops::Range,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 /// What an owner serves.
@@ -25,6 +25,8 @@ pub(super) struct Served {
     pub(super) region: Arc<Region>,
     pub(super) leases: Leases,
     pub(super) tls: Option<Tls>,
+    /// How to read by other means, if there are any.
+    pub(super) introduction: OnceLock<Vec<u8>>,
 }
 
 impl Served {
@@ -73,9 +75,20 @@ impl Served {
             Operation::Release => done(self.leases.release(shown)),
             // No secret, and a reader that is late is to be told.
             Operation::Generation => Answer::Done(self.leases.word(shown.slot).generation()),
+            Operation::Check => self.readable(request),
+            Operation::Introduction => match self.leases.check(shown) {
+                // Who knows the agent can read all of the region.
+                Err(denied) => Answer::Denied(denied),
+                Ok(()) => return self.introduce(link),
+            },
             Operation::Read(tokens, planes) => return self.send(request, *tokens, planes.clone(), link),
         };
         link.send(&answer.encode(), false)
+    }
+
+    fn introduce(&self, link: &mut Link) -> io::Result<()> {
+        let said = self.introduction.get().map_or(&[][..], Vec::as_slice);
+        link.send(&[&Answer::Done(said.len() as u64).encode()[..], said].concat(), false)
     }
 
     fn send(

@@ -16,6 +16,9 @@ pub(super) const GATHER_BELOW: usize = 16 << 10;
 /// Size of a request.
 pub(super) const REQUEST_BYTES: usize = 40;
 
+/// The longest introduction.
+pub(super) const INTRODUCTION_MAX: usize = 64 << 10;
+
 /// Size of an answer.
 pub(super) const ANSWER_BYTES: usize = 16;
 
@@ -27,6 +30,10 @@ pub(super) enum Operation {
     Release,
     /// These planes of these tokens.
     Read(TokenRange, Range<u32>),
+    /// How to read by other means: the answer's number is the length of what follows. Owners of before hang up.
+    Introduction,
+    /// Whether a read would be served now, for one that goes by other means.
+    Check,
 }
 
 /// An operation, and the right to it.
@@ -48,6 +55,8 @@ impl Request {
             Operation::Generation => (2, None, 0..0),
             Operation::Release => (3, None, 0..0),
             Operation::Read(tokens, planes) => (4, Some(*tokens), planes.clone()),
+            Operation::Introduction => (5, None, 0..0),
+            Operation::Check => (6, None, 0..0),
         };
         let tokens = tokens.unwrap_or(TokenRange { start: 0, count: 0 });
         let words = [code, self.shown.slot, tokens.start, tokens.count, planes.start, planes.end];
@@ -69,6 +78,8 @@ impl Request {
             2 => Operation::Generation,
             3 => Operation::Release,
             4 => Operation::Read(TokenRange { start: word(2), count: word(3) }, word(4)..word(5)),
+            5 => Operation::Introduction,
+            6 => Operation::Check,
             _ => return None,
         };
         Some(Request {
