@@ -69,22 +69,10 @@ fn add_up<'a>(
 #[cfg(test)]
 pub(crate) fn decode_lease(worker: forebay_schemas::ids::WorkerId) -> WorkerLease {
     WorkerLease {
-        worker,
-        incarnation: 1,
-        role: Role::Decode,
-        model: ModelKey::of("m"),
-        layout_hash: forebay_schemas::kv::LayoutHash(1),
         slots: 4,
         free_slots: 4,
-        host: String::new(),
-        kv_socket: String::new(),
-        kv_tcp: None,
-        kv_nixl: false,
-        active_tokens: 0,
-        prefill_tokens: 0,
-        draining: false,
-        kv_leases: 0,
         own_queue: true,
+        ..WorkerLease::of(worker, Role::Decode, ModelKey::of("m"))
     }
 }
 

@@ -2,12 +2,16 @@
 
 use crate::{
     config::{NatsArgs, RegistryArgs, data_folder, init_logging, runtime},
+    kv::NixlArgs,
     model::ModelArgs,
 };
 use clap::Args;
 use forebay_kernels::Region;
 use forebay_streams::{registry::Registry, server::find_tool, settings::SettingsStore};
-use forebay_workers::engine::{checkpoint::Checkpoint, library};
+use forebay_workers::{
+    engine::{checkpoint::Checkpoint, library},
+    kv::nixl::{NixlError, NixlOwner},
+};
 use std::{path::PathBuf, process::Command, time::Duration};
 
 #[derive(Args, Debug)]
@@ -18,6 +22,8 @@ pub(crate) struct DoctorArgs {
     registry: RegistryArgs,
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    nixl: NixlArgs,
     /// Folder for unpacked models.
     #[arg(long, env = "FOREBAY_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
@@ -28,12 +34,13 @@ type Finding = Result<String, String>;
 
 pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     init_logging("error");
-    let checks: [(&str, Finding); 7] = [
+    let checks: [(&str, Finding); 8] = [
         ("processor", processor()),
         ("memory", memory()),
         ("open files", open_files()),
         ("shared memory", shared_memory()),
         ("ONNX Runtime", onnxruntime(args)),
+        ("KV between workers", transports(args)),
         ("model", model(args)),
         ("nats-server", nats_program()),
     ];
@@ -102,6 +109,19 @@ fn onnxruntime(args: &DoctorArgs) -> Finding {
     library::load(args.model.engine.onnxruntime.as_deref())
         .map(|_| "loads".to_owned())
         .map_err(|error| error.to_string())
+}
+
+/// Shared memory and TCP are always there; NIXL has to show that it can serve a region.
+fn transports(args: &DoctorArgs) -> Finding {
+    let region = Region::create("doctor", 1 << 20).map_err(|error| error.to_string())?;
+    match args.nixl.load().and_then(|library| NixlOwner::register(&library, &region)) {
+        Ok(_) => Ok("shm, nixl and tcp".to_owned()),
+        Err(error @ NixlError::NotBuilt) => Ok(format!("shm and tcp ({error})")),
+        Err(error @ NixlError::NotFound { .. }) if !args.nixl.is_named() => {
+            Ok(format!("shm and tcp ({error})"))
+        }
+        Err(error) => Err(format!("{error}; without it KV is read over shm and tcp")),
+    }
 }
 
 fn model(args: &DoctorArgs) -> Finding {

@@ -25,15 +25,34 @@ enum Transport {
     Tcp,
 }
 
+/// Where NIXL is.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct NixlArgs {
+    /// Folder of libnixl_capi.so, in builds with the feature `nixl`. Default: .forebay/nixl/lib in the working directory or
+    /// above, or where the system's loader looks.
+    #[arg(long, env = "FOREBAY_NIXL", value_name = "DIR")]
+    nixl: Option<PathBuf>,
+}
+
+impl NixlArgs {
+    /// Whether it is said where it is.
+    pub(crate) fn is_named(&self) -> bool {
+        self.nixl.is_some()
+    }
+
+    /// Loads it.
+    pub(crate) fn load(&self) -> Result<Library, NixlError> {
+        Library::load(self.nixl.clone().or_else(fetched).as_deref())
+    }
+}
+
 #[derive(Args, Clone, Debug)]
 pub(crate) struct KvArgs {
     /// How this worker reads KV from others.
     #[arg(long, env = "FOREBAY_KV_TRANSPORT", value_enum, default_value = "auto", value_name = "TRANSPORT")]
     kv_transport: Transport,
-    /// Folder of libnixl_capi.so, in builds with the feature `nixl`. Default: .forebay/nixl/lib in the working directory or
-    /// above, or where the system's loader looks.
-    #[arg(long, env = "FOREBAY_NIXL", value_name = "DIR")]
-    nixl: Option<PathBuf>,
+    #[command(flatten)]
+    nixl: NixlArgs,
     /// Where workers on other hosts read this one's KV. Default: the address by which it reaches NATS, any port.
     #[arg(long, env = "FOREBAY_KV_LISTEN", value_name = "ADDR:PORT")]
     kv_listen: Option<SocketAddr>,
@@ -96,7 +115,7 @@ impl KvArgs {
             }
             Choice::Auto | Choice::Nixl => {}
         }
-        match Library::load(self.nixl.clone().or_else(fetched).as_deref()) {
+        match self.nixl.load() {
             Ok(library) => Ok(Some(library)),
             Err(error) if choice == Choice::Nixl => {
                 tracing::warn!(%error, "no nixl");

@@ -22,6 +22,7 @@ mod up;
 mod worker;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use forebay_workers::kv::nixl;
 use std::process::ExitCode;
 
 /// Serves large language models: requests wait in NATS JetStream, workers take what they can, and everything that
@@ -79,14 +80,16 @@ fn main() -> ExitCode {
         let settings = config::as_environment(&command, &matches);
         run(Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()).command, settings)
     });
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if show::reader_is_gone(&error) => ExitCode::SUCCESS,
+    let status = match outcome {
+        Ok(()) => 0,
+        Err(error) if show::reader_is_gone(&error) => 0,
         Err(error) => {
             eprintln!("forebay: {error:#}");
-            ExitCode::FAILURE
+            1
         }
-    }
+    };
+    nixl::end_process(status);
+    status.into()
 }
 
 /// `settings`: the given flags as environment variables, for processes that this one starts.

@@ -4,6 +4,7 @@ use crate::{
     config::{NatsArgs, RegistryArgs, init_logging, runtime},
     show::print,
 };
+use anyhow::bail;
 use clap::{Args, ValueEnum};
 use forebay_schemas::config::{LiveConfig, SETTINGS, Setting, setting};
 use forebay_streams::settings::SettingsStore;
@@ -70,7 +71,8 @@ async fn act(action: Action, key: &str, value: &str, store: &dyn SettingsStore) 
         }
         Action::Get => match store.get(key).await? {
             Some(value) => print(value),
-            None => print(format!("not set: {}", setting(key)?.otherwise)),
+            // For scripts: what is printed is the value, and nothing else.
+            None => bail!("{key} is not set: {}", setting(key)?.otherwise),
         },
         Action::Set => {
             store.put(key, value).await?;

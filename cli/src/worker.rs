@@ -9,7 +9,6 @@ use anyhow::Context;
 use clap::Args;
 use forebay_schemas::task::Role;
 use forebay_workers::{
-    kv::nixl,
     model::ModelText,
     worker::{self, WorkerConfig},
 };
@@ -111,7 +110,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         kv: args.kv.options(&args.nats.nats)?,
     };
     let runtime = runtime(2)?;
-    let outcome = runtime.block_on(async move {
+    runtime.block_on(async move {
         let streams = args.registry.apply(args.nats.connect("worker", role.as_str()).await?).await?;
         let card = text.card(&model.name, engine.card(), &streams).await?;
         let stop = CancellationToken::new();
@@ -121,15 +120,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
             stopping.cancel();
         });
         worker::run(config, engine, card, text.tokenizer, streams, stop).await.context("worker")
-    });
-    nixl::end_process(|| match &outcome {
-        Ok(()) => 0,
-        Err(error) => {
-            eprintln!("forebay: {error:#}");
-            1
-        }
-    });
-    outcome
+    })
 }
 
 /// A folder for this user's sockets: short, since the path of a socket may have at most 107 bytes.

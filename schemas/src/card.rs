@@ -101,6 +101,30 @@ pub struct WorkerLease {
     pub own_queue: bool,
 }
 
+impl WorkerLease {
+    /// The lease of a worker that holds nothing, has room for nothing and can't be reached: to be filled in.
+    pub fn of(worker: WorkerId, role: Role, model: ModelKey) -> WorkerLease {
+        WorkerLease {
+            worker,
+            incarnation: 0,
+            role,
+            model,
+            layout_hash: LayoutHash(0),
+            slots: 0,
+            free_slots: 0,
+            host: String::new(),
+            kv_socket: String::new(),
+            kv_tcp: None,
+            kv_nixl: false,
+            active_tokens: 0,
+            prefill_tokens: 0,
+            draining: false,
+            kv_leases: 0,
+            own_queue: false,
+        }
+    }
+}
+
 /// By reference: what serde asks for.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_zero(count: &u32) -> bool {

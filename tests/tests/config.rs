@@ -67,6 +67,8 @@ async fn placement_follows(deployment: &Deployment) {
     // Back to what the worker was started with.
     said(deployment, &["config", "unset", LENGTH], Some(true)).await;
     becomes_remote(deployment, &gateway, true).await;
+    let none = said(deployment, &["config", "get", LENGTH], Some(false)).await;
+    assert!(none.contains("max_local_prefill_length is not set: each worker's"), "{none}");
 
     // A queue in which nothing may wait takes nothing.
     said(deployment, &["config", "set", QUEUE, "0"], Some(true)).await;

@@ -1,7 +1,12 @@
 //! What every keeper of leases and settings must do, run on each of them: in memory, on NATS, and on etcd.
 //! Tests on etcd are skipped, and say so, where there is none: `scripts/setup.sh test` gets one.
 
-use forebay_schemas::{card::WorkerLease, config::LiveConfig, ids::WorkerId, kv::LayoutHash, task::Role};
+use forebay_schemas::{
+    card::WorkerLease,
+    config::LiveConfig,
+    ids::{ModelKey, WorkerId},
+    task::Role,
+};
 use forebay_streams::{
     Streams,
     etcd::Etcd,
@@ -99,22 +104,10 @@ conformance!(
 
 fn lease(worker: &str, free_slots: u32) -> WorkerLease {
     WorkerLease {
-        worker: worker.parse().unwrap(),
-        incarnation: 1,
-        role: Role::Decode,
-        model: "m".parse().unwrap(),
-        layout_hash: LayoutHash(7),
         slots: 4,
         free_slots,
         host: "here".into(),
-        kv_socket: String::new(),
-        kv_tcp: None,
-        kv_nixl: false,
-        active_tokens: 0,
-        prefill_tokens: 0,
-        own_queue: false,
-        draining: false,
-        kv_leases: 0,
+        ..WorkerLease::of(worker.parse().unwrap(), Role::Decode, ModelKey::of("m"))
     }
 }
 

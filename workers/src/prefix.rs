@@ -9,7 +9,7 @@ use forebay_schemas::{
     lifecycle::Lifecycle,
 };
 use forebay_streams::environment::{self, off_thread};
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 impl Worker {
     /// Fills the beginning of a slot with what the prefix cache has of a request's sequence, and returns how many
@@ -23,7 +23,13 @@ impl Worker {
         // Decode steps meanwhile write one position of this slot: not one that is being filled.
         self.runner.park(slot.index(), tokens.len() as u32).await;
         let (worker, slot) = (self.clone(), slot.clone());
-        off_thread(move || worker.cache.load(&hashes, worker.slot_of(&slot))).await
+        let load = move || {
+            let begun = Instant::now();
+            let tokens = worker.cache.load(&hashes, worker.slot_of(&slot));
+            tracing::debug!(slot = slot.index(), tokens, took = ?begun.elapsed(), "loaded from the prefix cache");
+            tokens
+        };
+        off_thread(load).await
     }
 
     /// Keeps the blocks of a slot that holds the KV of these tokens of a request.
@@ -35,7 +41,11 @@ impl Worker {
     ) -> impl Future<Output = ()> + Send + use<> {
         let hashes = self.hashes(state, tokens);
         let (worker, slot) = (self.clone(), slot.clone());
-        off_thread(move || worker.cache.store(&hashes, worker.slot_of(&slot)))
+        off_thread(move || {
+            let begun = Instant::now();
+            worker.cache.store(&hashes, worker.slot_of(&slot));
+            tracing::debug!(slot = slot.index(), blocks = hashes.len(), took = ?begun.elapsed(), "stored in the prefix cache");
+        })
     }
 
     /// The same beside what goes on. The slot is in use until it is done.

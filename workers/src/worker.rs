@@ -183,7 +183,7 @@ pub async fn run(
     let budget = Budget { chunk_tokens: config.chunk_tokens, step_tokens: config.step_tokens };
     let runner = Runner::start(engine, budget);
     let leases = Leases::create(layout.slots)?;
-    let cache = BlockCache::new(layout.geometry, config.cache_bytes)?;
+    let cache = BlockCache::new(&layout, config.cache_bytes)?;
     let kv = (runner.kv().clone(), layout, layout_hash);
     let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv.clone(), leases.clone())
         .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;

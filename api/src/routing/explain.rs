@@ -11,7 +11,10 @@ use crate::models::Models;
 use forebay_schemas::{card::ModelCard, ids::WorkerId, openai::ChatRequest};
 use forebay_streams::{StreamError, Streams, settings};
 use serde::Serialize;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 /// Why a prompt could not be explained.
 #[derive(Debug)]
@@ -69,7 +72,7 @@ pub struct Explanation {
     pub why: Why,
     /// What each worker would cost, the best first.
     pub choices: Vec<Row>,
-    /// Workers whose caches are not known, since something that they told was missed.
+    /// Workers whose caches are not known: they have not told yet, or something that they told was missed.
     pub unknown: Vec<WorkerId>,
 }
 
@@ -109,7 +112,10 @@ pub async fn explain(streams: &Streams, question: Question<'_>) -> Result<Explan
     let hits = hits(&index, &card, question.salt, &prompt);
     let candidates = candidates(&card, &workers, &hits, &BTreeMap::new());
     let decision = decide(prompt_blocks(&prompt), &candidates, weights);
-    let lost = index.workers().filter(|(worker, held)| held.is_none() && workers.contains_key(*worker));
+    let known: BTreeSet<&WorkerId> =
+        index.workers().filter_map(|(worker, held)| held.map(|_| worker)).collect();
+    let unknown =
+        decision.choices.iter().map(|choice| choice.worker).filter(|worker| !known.contains(worker));
     Ok(Explanation {
         model: card.name.clone(),
         prompt_tokens: prompt.len(),
@@ -118,7 +124,7 @@ pub async fn explain(streams: &Streams, question: Question<'_>) -> Result<Explan
         worker: decision.worker.cloned(),
         why: decision.why,
         choices: decision.choices.iter().map(Row::from).collect(),
-        unknown: lost.map(|(worker, _)| worker.clone()).collect(),
+        unknown: unknown.cloned().collect(),
     })
 }
 

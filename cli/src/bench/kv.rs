@@ -4,13 +4,14 @@ mod owner;
 mod plain;
 
 use super::median;
+use crate::kv::NixlArgs;
 use clap::Args;
-use forebay_kernels::{Region, copy_summed};
+use forebay_kernels::{Region, copy_summed, receive};
 use forebay_schemas::kv::{KvDtype, KvGeometry, KvLayout, TokenRange};
-use forebay_workers::kv::{Choice, KvOptions, KvPeers, read_kv, tcp::TcpOptions};
+use forebay_workers::kv::{Choice, KvOptions, KvPeers, nixl::Library, read_kv, tcp::TcpOptions};
 use owner::{HASH, Owner};
 use plain::{Feed, MemoryCopy};
-use std::time::Instant;
+use std::{os::fd::AsFd, time::Instant};
 
 #[derive(Args, Debug)]
 pub(crate) struct KvArgs {
@@ -20,11 +21,13 @@ pub(crate) struct KvArgs {
     /// Reads of each kind, taken in turns.
     #[arg(long, default_value_t = 9, value_name = "N")]
     repeats: usize,
+    #[command(flatten)]
+    nixl: NixlArgs,
 }
 
 impl Default for KvArgs {
     fn default() -> Self {
-        KvArgs { megabytes: 256, repeats: 9 }
+        KvArgs { megabytes: 256, repeats: 9, nixl: NixlArgs::default() }
     }
 }
 
@@ -44,15 +47,19 @@ pub(crate) fn run(args: &KvArgs) -> anyhow::Result<()> {
     let count = (args.megabytes * 1_000_000 / LARGE.bytes_per_token()).max(1) as u32;
     let layout = KvLayout { geometry: LARGE, slots: 1, positions: count };
     let bytes = layout.region_bytes() as f64;
+    let library = args.nixl.load();
     println!("\n# KV read: {:.0} MB ({count} tokens of Qwen3-0.6B in fp32)\n", bytes / 1e6);
     let [memory, socket] = ["memcpy", "socket"];
-    for Row { what, than, seconds, base } in measure(layout, args.repeats)? {
+    for Row { what, than, seconds, base } in measure(layout, args.repeats, library.as_ref().ok())? {
         let than = if than == Than::Memory { memory } else { socket };
         println!("{what:<44} {:>8.2} GB/s   {:>5.2} of {than}", bytes / seconds / 1e9, base / seconds);
     }
     let layout = KvLayout { geometry: SMALL, slots: 1, positions: SMALL_TOKENS };
+    if let Err(error) = &library {
+        println!("nixl: not measured: {error}");
+    }
     println!("\n# KV read: 64 KiB ({SMALL_TOKENS} tokens of the built-in model in fp32)\n");
-    for Row { what, seconds, .. } in measure(layout, args.repeats * SMALL_REPEATS)? {
+    for Row { what, seconds, .. } in measure(layout, args.repeats * SMALL_REPEATS, library.as_ref().ok())? {
         println!("{what:<44} {:>8.1} µs", seconds * 1e6);
     }
     Ok(())
@@ -77,13 +84,14 @@ struct Row {
 /// One way to move the bytes: returns the seconds that it took.
 type Move<'a> = Box<dyn FnMut() -> anyhow::Result<f64> + 'a>;
 
-fn measure(layout: KvLayout, repeats: usize) -> anyhow::Result<Vec<Row>> {
+fn measure(layout: KvLayout, repeats: usize, nixl: Option<&Library>) -> anyhow::Result<Vec<Row>> {
     let tokens = TokenRange { start: 0, count: layout.positions };
-    let owner = Owner::start(layout)?;
+    let owner = Owner::start(layout, nixl)?;
     let into = Region::create("bench-reader", layout.region_bytes())?;
     let mut memory = MemoryCopy::new(layout.region_bytes());
     let mut plain = Feed::of_bytes(layout.region_bytes())?;
     let (region, pieces) = (owner.region.clone(), all_pieces(&layout, tokens));
+    let mut bare = Feed::of_pieces(region.clone(), pieces.clone())?;
     let mut received = vec![0; layout.region_bytes()];
     let (owner, into) = (&owner, &into);
     let mut moves: Vec<(String, Than, Move<'_>)> = vec![
@@ -99,17 +107,32 @@ fn measure(layout: KvLayout, repeats: usize) -> anyhow::Result<Vec<Row>> {
                 }))
             }),
         ),
-        ("shm: lease, pieces, checksums".into(), Than::Memory, reading(owner, into, Choice::Shm, 1)),
+        ("shm: lease, pieces, checksums".into(), Than::Memory, reading(owner, into, &over(Choice::Shm))),
         (
             "socket: one thread writes, one reads".into(),
             Than::Socket,
             Box::new(|| plain.seconds(|socket| std::io::Read::read_exact(socket, &mut received))),
         ),
+        (
+            "tcp: pieces only".into(),
+            Than::Socket,
+            Box::new(|| {
+                bare.seconds(|socket| {
+                    pieces.iter().try_for_each(|(offset, bytes)| {
+                        receive(socket.as_fd(), (into, *offset), *bytes, None)
+                    })
+                })
+            }),
+        ),
     ];
-    for streams in [1, 2] {
-        let what =
-            format!("tcp: lease, pieces, checksums, {streams} stream{}", if streams > 1 { "s" } else { "" });
-        moves.push((what, Than::Socket, reading(owner, into, Choice::Tcp, streams)));
+    let tcp = |streams| KvOptions { tcp: TcpOptions { streams, tls: None }, ..over(Choice::Tcp) };
+    let mut read = |what: &str, than, options| {
+        moves.push((format!("{what}: lease, pieces, checksums"), than, reading(owner, into, &options)));
+    };
+    read("tcp", Than::Socket, tcp(1));
+    read("tcp, 2 streams", Than::Socket, tcp(2));
+    if nixl.is_some() {
+        read("nixl", Than::Memory, KvOptions { nixl: nixl.cloned(), ..over(Choice::Nixl) });
     }
     let mut taken = vec![Vec::new(); moves.len()];
     for repeat in 0..=repeats {
@@ -137,9 +160,8 @@ fn measure(layout: KvLayout, repeats: usize) -> anyhow::Result<Vec<Row>> {
 }
 
 /// A whole read, as a decode worker does it.
-fn reading<'a>(owner: &'a Owner, into: &'a Region, choice: Choice, streams: usize) -> Move<'a> {
-    let options = KvOptions { choice, tcp: TcpOptions { streams, tls: None }, ..KvOptions::default() };
-    let peers = KvPeers::new(HASH, &options);
+fn reading<'a>(owner: &'a Owner, into: &'a Region, options: &KvOptions) -> Move<'a> {
+    let peers = KvPeers::new(HASH, options);
     Box::new(move || {
         let (handle, sealed) = owner.seal();
         let transport = peers.transport(&handle, Some(&owner.lease))?;
@@ -149,6 +171,10 @@ fn reading<'a>(owner: &'a Owner, into: &'a Region, choice: Choice, streams: usiz
         drop(sealed);
         Ok(seconds)
     })
+}
+
+fn over(choice: Choice) -> KvOptions {
+    KvOptions { choice, ..KvOptions::default() }
 }
 
 fn all_pieces(layout: &KvLayout, tokens: TokenRange) -> Vec<(usize, usize)> {

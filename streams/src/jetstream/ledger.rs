@@ -68,29 +68,12 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use forebay_schemas::{kv::LayoutHash, task::Role};
+    use forebay_schemas::{ids::ModelKey, task::Role};
 
     const LEASE: Duration = Duration::from_secs(1);
 
     fn lease(worker: &str) -> WorkerLease {
-        WorkerLease {
-            worker: worker.parse().unwrap(),
-            incarnation: 1,
-            role: Role::Decode,
-            model: "m".parse().unwrap(),
-            layout_hash: LayoutHash(1),
-            slots: 1,
-            free_slots: 1,
-            host: String::new(),
-            kv_socket: String::new(),
-            kv_tcp: None,
-            kv_nixl: false,
-            active_tokens: 0,
-            prefill_tokens: 0,
-            draining: false,
-            kv_leases: 0,
-            own_queue: false,
-        }
+        WorkerLease::of(worker.parse().unwrap(), Role::Decode, ModelKey::of("m"))
     }
 
     fn names(workers: &Workers) -> Vec<&str> {

@@ -11,12 +11,13 @@ pub use index::{Change, Drained};
 use forebay_kernels::{Checksum, Region, RegionError, copy_summed};
 use forebay_schemas::{
     cache::{BLOCK_TOKENS, BlockHash},
-    kv::{KvGeometry, KvLayout, TokenRange},
+    kv::{KvLayout, TokenRange},
 };
 use forebay_streams::environment::{is_simulated, pause};
 use index::{Index, Used};
 use std::{
     sync::{Arc, Mutex, MutexGuard},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -25,6 +26,9 @@ const ARRIVAL_MAX: Duration = Duration::from_secs(1);
 
 /// ... and how often it is looked for.
 const ARRIVAL_POLL: Duration = Duration::from_millis(1);
+
+/// The lowest priority, for what is done ahead of need.
+const IDLE_NICE: i32 = 19;
 
 /// More blocks are of no use: what is known of them would take more than they do.
 const BLOCKS_MAX: u64 = 1 << 20;
@@ -38,6 +42,8 @@ struct Shared {
     /// Each block is a slot of this.
     layout: KvLayout,
     index: Mutex<Index>,
+    /// For how many more blocks there should be memory at any time.
+    ahead: u32,
 }
 
 /// A slot whose positions a block is copied to or from.
@@ -52,13 +58,20 @@ pub struct SlotOf<'a> {
 }
 
 impl BlockCache {
-    /// An empty cache that takes at most so many bytes, as it fills. With less than a block's it never holds anything.
-    pub fn new(geometry: KvGeometry, bytes_max: u64) -> Result<BlockCache, RegionError> {
+    /// An empty cache for slots of a layout. It takes at most so many bytes, as it fills: there is always room for one more
+    /// sequence, though no more than a quarter of the whole, that need not wait for the kernel to find memory. With less than
+    /// a block's bytes it never holds anything.
+    pub fn new(slots: &KvLayout, bytes_max: u64) -> Result<BlockCache, RegionError> {
+        let geometry = slots.geometry;
         let block_bytes = geometry.bytes_per_token() as u64 * u64::from(BLOCK_TOKENS);
         let blocks = (bytes_max / block_bytes).min(BLOCKS_MAX) as u32;
         let layout = KvLayout { geometry, slots: blocks, positions: BLOCK_TOKENS };
         let pool = Region::create("forebay-kv-cache", layout.region_bytes())?;
-        Ok(BlockCache(Arc::new(Shared { pool, layout, index: Mutex::new(Index::new(blocks)) })))
+        let ahead = (slots.positions / BLOCK_TOKENS).min(blocks / 4);
+        let index = Mutex::new(Index::new(blocks));
+        let cache = BlockCache(Arc::new(Shared { pool, layout, index, ahead }));
+        cache.commit_ahead();
+        Ok(cache)
     }
 
     /// Copies what there is of a sequence's first blocks into the beginning of a slot, and returns how many tokens that
@@ -125,6 +138,30 @@ impl BlockCache {
         let mut index = self.index();
         index.expect_no_more(missing);
         index.give_back(&run);
+        drop(index);
+        self.commit_ahead();
+    }
+
+    /// Commits memory for the blocks to come, beside what goes on.
+    fn commit_ahead(&self) {
+        if is_simulated() {
+            return;
+        }
+        let Some(blocks) = self.index().commit(self.0.ahead) else { return };
+        let shared = self.0.clone();
+        let commit = move || {
+            // Of this thread alone: it is in no hurry.
+            let _ = rustix::process::nice(IDLE_NICE);
+            let KvLayout { geometry, .. } = shared.layout;
+            let bytes = blocks.len() * shared.layout.slot_stride();
+            let mut starts = (0..geometry.layers as usize * 2)
+                .map(|plane| shared.layout.slot_offset(plane, blocks.start as usize));
+            if !starts.all(|start| shared.pool.commit(start, bytes)) {
+                tracing::debug!("memory of the prefix cache is not committed ahead of need");
+            }
+        };
+        // Without a thread for it, memory comes as it is touched.
+        let _ = thread::Builder::new().name("kv-commit".to_owned()).spawn(commit);
     }
 
     /// Changes since this was asked last, for the router's index.
@@ -180,7 +217,7 @@ mod tests {
     use super::*;
     use forebay_schemas::{
         cache::block_hashes,
-        kv::{KvDtype, LayoutHash},
+        kv::{KvDtype, KvGeometry, LayoutHash},
     };
 
     const GEOMETRY: KvGeometry = KvGeometry { layers: 2, kv_heads: 2, head_dim: 4, dtype: KvDtype::F32 };
@@ -208,7 +245,7 @@ mod tests {
     }
 
     fn cache(blocks: u64) -> BlockCache {
-        BlockCache::new(GEOMETRY, blocks * GEOMETRY.bytes_per_token() as u64 * 16).unwrap()
+        BlockCache::new(&LAYOUT, blocks * GEOMETRY.bytes_per_token() as u64 * 16).unwrap()
     }
 
     fn hashes(tokens: u32) -> Vec<BlockHash> {
@@ -267,7 +304,7 @@ mod tests {
 
     #[test]
     fn a_cache_without_room_holds_nothing() {
-        let (region, cache) = (region(), BlockCache::new(GEOMETRY, 100).unwrap());
+        let (region, cache) = (region(), BlockCache::new(&LAYOUT, 100).unwrap());
         assert!(cache.is_off());
         cache.store(&hashes(48), of(&region, 0));
         assert_eq!(cache.load(&hashes(48), of(&region, 1)), 0);

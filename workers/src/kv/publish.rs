@@ -159,7 +159,7 @@ mod tests {
         let geometry = KvGeometry { layers: 1, kv_heads: 1, head_dim: 4, dtype: KvDtype::F32 };
         let layout = KvLayout { geometry, slots: 1, positions: 4 * BLOCK_TOKENS };
         let slot = Region::create("publish-test", layout.region_bytes()).unwrap();
-        (BlockCache::new(geometry, 1 << 20).unwrap(), slot, layout)
+        (BlockCache::new(&layout, 1 << 20).unwrap(), slot, layout)
     }
 
     #[tokio::test(start_paused = true)]

@@ -105,22 +105,12 @@ impl Owner {
         }
         let leases = Leases::create(layout.slots).unwrap();
         let lease = WorkerLease {
-            worker: WorkerId::new("prefill-test").unwrap(),
             incarnation,
-            role: Role::Prefill,
-            model: ModelKey::of("m"),
             layout_hash: HASH,
             slots: layout.slots,
-            free_slots: 0,
             host: shm::host_id(),
-            kv_socket: String::new(),
-            kv_tcp: None,
-            kv_nixl: false,
-            active_tokens: 0,
-            prefill_tokens: 0,
-            draining: false,
             kv_leases: 1,
-            own_queue: false,
+            ..WorkerLease::of(WorkerId::new("prefill-test").unwrap(), Role::Prefill, ModelKey::of("m"))
         };
         let mut owner = Owner { region, leases, lease, layout, shm: None, tcp: None, nixl: None, folder };
         owner.listen(address);

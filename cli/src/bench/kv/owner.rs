@@ -8,7 +8,9 @@ use forebay_schemas::{
     task::Role,
 };
 use forebay_workers::kv::{
-    Leases, Sealed, shm, sums,
+    Leases, Sealed,
+    nixl::{Library, NixlOwner},
+    shm, sums,
     tcp::{TcpListen, TcpOwner},
 };
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
@@ -23,11 +25,12 @@ pub(super) struct Owner {
     checksums: Vec<u64>,
     _shm: shm::ShmOwner,
     _tcp: TcpOwner,
+    _nixl: Option<NixlOwner>,
 }
 
 impl Owner {
-    /// With one slot, full.
-    pub(super) fn start(layout: KvLayout) -> anyhow::Result<Owner> {
+    /// With one slot, full; read over NIXL too, if there is one.
+    pub(super) fn start(layout: KvLayout, library: Option<&Library>) -> anyhow::Result<Owner> {
         let region = Arc::new(Region::create("bench-owner", layout.region_bytes())?);
         let block: Vec<u8> = (0..1 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
         for offset in (0..layout.region_bytes()).step_by(block.len()) {
@@ -39,27 +42,23 @@ impl Owner {
         let shm = shm::ShmOwner::listen(&std::env::temp_dir(), &worker, 1, kv.clone(), leases.clone())?;
         let listen = TcpListen { address: (Ipv4Addr::LOCALHOST, 0).into(), advertise: None, tls: None };
         let tcp = TcpOwner::listen(&listen, &worker, 1, kv, leases.clone())?;
+        let nixl = library.map(|library| NixlOwner::register(library, &region)).transpose()?;
+        if let Some(nixl) = &nixl {
+            nixl.introduce_by(&tcp);
+        }
         let lease = WorkerLease {
-            worker,
             incarnation: 1,
-            role: Role::Prefill,
-            model: ModelKey::of("bench"),
             layout_hash: HASH,
             slots: 1,
-            free_slots: 0,
             host: shm::host_id(),
             kv_socket: shm.path().display().to_string(),
             kv_tcp: Some(tcp.advertised().to_owned()),
-            kv_nixl: false,
-            active_tokens: 0,
-            prefill_tokens: 0,
-            own_queue: false,
-            draining: false,
-            kv_leases: 0,
+            kv_nixl: nixl.is_some(),
+            ..WorkerLease::of(worker, Role::Prefill, ModelKey::of("bench"))
         };
         let tokens = TokenRange { start: 0, count: layout.positions };
         let checksums = sums(&region, &layout, 0, tokens);
-        Ok(Owner { region, layout, lease, leases, checksums, _shm: shm, _tcp: tcp })
+        Ok(Owner { region, layout, lease, leases, checksums, _shm: shm, _tcp: tcp, _nixl: nixl })
     }
 
     pub(super) fn seal(&self) -> (KvHandle, Sealed) {

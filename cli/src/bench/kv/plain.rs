@@ -1,10 +1,15 @@
 //! What reads of KV are compared with: the same number of bytes, moved as plainly as can be.
 
 use super::timed;
+use forebay_kernels::{Region, send};
 use std::{
     io::{self, Write},
     net::{TcpListener, TcpStream},
-    sync::mpsc::{Sender, channel},
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        mpsc::{Sender, channel},
+    },
     time::Instant,
 };
 
@@ -34,13 +39,24 @@ pub(super) struct Feed {
 impl Feed {
     /// It sends a plain buffer.
     pub(super) fn of_bytes(bytes: usize) -> io::Result<Feed> {
+        let from = vec![1; bytes];
+        Feed::sending(move |socket| socket.write_all(&from))
+    }
+
+    /// It sends pieces of a region, `(offset, bytes)` each, as the `tcp` transport does.
+    pub(super) fn of_pieces(region: Arc<Region>, pieces: Vec<(usize, usize)>) -> io::Result<Feed> {
+        Feed::sending(move |socket| {
+            pieces.iter().try_for_each(|(offset, bytes)| send((&region, *offset), *bytes, socket.as_fd()))
+        })
+    }
+
+    fn sending(what: impl Fn(&mut TcpStream) -> io::Result<()> + Send + 'static) -> io::Result<Feed> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let mut far = TcpStream::connect(listener.local_addr()?)?;
         let (socket, _) = listener.accept()?;
         far.set_nodelay(true)?;
         let (ask, asked) = channel();
-        let from = vec![1; bytes];
-        std::thread::spawn(move || while asked.recv().is_ok() && far.write_all(&from).is_ok() {});
+        std::thread::spawn(move || while asked.recv().is_ok() && what(&mut far).is_ok() {});
         Ok(Feed { socket, ask })
     }
 

@@ -2,7 +2,10 @@
 //! caller's.
 
 use forebay_schemas::cache::BlockHash;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    ops::Range,
+};
 
 /// Changes that wait for whoever publishes them. More are forgotten, and it is said that they were.
 const CHANGES_MAX: usize = 4096;
@@ -49,6 +52,8 @@ pub(super) struct Index {
     /// Places that hold nothing, and the first of those that never held anything.
     free: Vec<u32>,
     fresh: u32,
+    /// Places up to this one have their memory, or will have it soon.
+    committed: u32,
     total: u32,
     tick: u64,
     /// Blocks that are being stored.
@@ -65,6 +70,7 @@ impl Index {
             idle: BTreeMap::new(),
             free: Vec::new(),
             fresh: 0,
+            committed: 0,
             total,
             tick: 0,
             arriving: HashSet::new(),
@@ -138,6 +144,17 @@ impl Index {
         let block = self.blocks.remove(&hash).expect("an idle block is here");
         self.note(Change::Removed(hash));
         Some(block.place)
+    }
+
+    /// Places whose memory is to be committed, so that so many have it that never held anything. Not few at a time.
+    pub(super) fn commit(&mut self, ahead: u32) -> Option<Range<u32>> {
+        let until = (self.fresh + ahead).min(self.total);
+        let begin = self.committed.max(self.fresh);
+        if until <= begin || (until < self.total && until - begin < ahead / 8) {
+            return None;
+        }
+        self.committed = until;
+        Some(begin..until)
     }
 
     /// A block that was written to its place is here from now on, and in use. If another one of that name came first,
@@ -224,6 +241,21 @@ mod tests {
         let run = index.take_run(hashes);
         index.give_back(&run);
         run.len()
+    }
+
+    #[test]
+    fn memory_is_committed_ahead_of_blocks() {
+        let mut index = Index::new(40);
+        assert_eq!(index.commit(16), Some(0..16));
+        assert_eq!(index.commit(16), None);
+        store(&mut index, &hashes(0..1));
+        assert_eq!(index.commit(16), None);
+        store(&mut index, &hashes(1..2));
+        assert_eq!(index.commit(16), Some(16..18));
+        // More at once than there was memory for: that has it by now.
+        store(&mut index, &hashes(10..32));
+        assert_eq!(index.commit(16), Some(24..40));
+        assert_eq!(index.commit(16), None);
     }
 
     #[test]

@@ -45,4 +45,4 @@ impl Agent {
 }
 
 /// Ends the process as it should be ended where NIXL was used: here, as ever.
-pub fn end_process(_status: impl FnOnce() -> i32) {}
+pub fn end_process(_status: u8) {}
