@@ -252,6 +252,9 @@ pub struct Released {
     /// KV of the sequence from its first token on, sealed for whoever takes over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv: Option<KvHandle>,
+    /// Tokens whose KV was found in a prefix cache, if no token was drawn yet that would say so.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cached_tokens: u32,
 }
 
 /// Why generation ended.

@@ -244,6 +244,7 @@ impl Lifecycle {
                 self.phase = Phase::Decoding;
             }
             Body::Released(released) => {
+                self.count_cached(released.cached_tokens);
                 self.fruitless -= u32::from(released.cause == ReleaseCause::Drained && self.fruitless > 0);
                 self.worker = None;
                 self.ack_subject = None;

@@ -74,6 +74,7 @@ every_body! {
         cause: ReleaseCause::Drained,
         reason: "the worker stops".into(),
         kv: Some(handle()),
+        cached_tokens: 0,
     },
     RequestCompleted {
         reason: FinishReason::Stop,
@@ -131,6 +132,7 @@ fn failed_release() -> Body {
         cause: ReleaseCause::Failed,
         reason: "ONNX Runtime failed".into(),
         kv: None,
+        cached_tokens: 0,
     })
 }
 

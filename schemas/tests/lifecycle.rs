@@ -170,6 +170,7 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             cause: ReleaseCause::Drained,
             reason: "the worker stops".into(),
             kv: None,
+            cached_tokens: 0,
         }),
         Kind::Completed => {
             Body::RequestCompleted(RequestCompleted { reason: FinishReason::Length, usage: Usage::default() })
@@ -349,6 +350,35 @@ fn a_new_attempt_keeps_tokens_and_forgets_kv() {
     assert_eq!((state.kv.len(), state.tokens.len(), &*state.text, state.attempt), (0, 1, "ab", 2));
 }
 
+/// What a cache saved is told by whoever draws the first token, or hands over before it; what a later attempt finds is of its
+/// own making.
+#[test]
+fn cached_tokens_are_counted_once_whoever_goes_on() {
+    let details = Details { tokens: vec![7, 8], text: "ab".into(), attempt_off: 0, index_off: 0 };
+    let apply = |state: &mut Lifecycle, kind, cached| {
+        let mut next = event_of(kind, state, &details);
+        match &mut next.body {
+            Body::Released(Released { cached_tokens, .. })
+            | Body::TokensGenerated(TokensGenerated { cached_tokens, .. }) => *cached_tokens = cached,
+            _ => {}
+        }
+        state.apply(&next).unwrap();
+        state.usage().cached_tokens
+    };
+    let mut state = Lifecycle::begin(&accepted()).unwrap();
+    let most = state.accepted.prompt.len() as u32;
+    apply(&mut state, Kind::Claimed, 0);
+    assert_eq!(apply(&mut state, Kind::Drained, 2), 2, "before the first token");
+    assert_eq!(apply(&mut state, Kind::Claimed, 0), 2);
+    // Another worker that finds nothing of it has computed all.
+    let mut cold = state.clone();
+    assert_eq!(apply(&mut cold, Kind::TokensGenerated, 0), 0);
+    assert_eq!(apply(&mut state, Kind::TokensGenerated, 9), most, "of the prompt, not of what was generated");
+    assert_eq!(apply(&mut state, Kind::Drained, 0), most);
+    assert_eq!(apply(&mut state, Kind::Claimed, 0), most);
+    assert_eq!(apply(&mut state, Kind::TokensGenerated, 1), most, "later attempts change nothing");
+}
+
 /// What a draining worker leaves is there for the next one, and for no later one.
 #[test]
 fn kv_that_was_handed_over_is_read_once_or_lost() {
@@ -360,7 +390,7 @@ fn kv_that_was_handed_over_is_read_once_or_lost() {
     let released = |count| {
         let kv = Some(handle(worker(1), TokenRange { start: 0, count }));
         let (cause, reason) = (ReleaseCause::Drained, "the worker stops".into());
-        event(1, Body::Released(Released { worker: worker(1), cause, reason, kv }))
+        event(1, Body::Released(Released { worker: worker(1), cause, reason, kv, cached_tokens: 0 }))
     };
     let too_much = Illegal::TooMuchKv { event: "Released", found: 5, most: 4 };
     assert_eq!(state.apply(&released(5)), Err(too_much));

@@ -94,6 +94,11 @@ impl CacheFollow {
                 self.seen = last.seq;
                 return Ok(Heard::Events(events));
             }
+            // Asked whenever nothing more is found, not only in silence: workers go on telling.
+            if self.backend.last_told().await? < self.seen {
+                self.seen = 0;
+                return Ok(Heard::Anew);
+            }
             let probe = Instant::now() + PROBE;
             match tokio::time::timeout_at(probe, self.signs.next()).await {
                 Ok(Some(_)) => tokio::time::sleep(GATHER).await,
@@ -101,10 +106,6 @@ impl CacheFollow {
                     // The subscription is gone; the stream is read at the pace of the probe until there is another one.
                     tokio::time::sleep_until(probe).await;
                     self.signs = self.backend.signs().await?.ready_chunks(SIGNS_MAX).boxed();
-                }
-                Err(_) if self.backend.last_told().await? < self.seen => {
-                    self.seen = 0;
-                    return Ok(Heard::Anew);
                 }
                 Err(_) => {}
             }

@@ -1,6 +1,6 @@
 //! An etcd of a test's own. There may be none on the machine: `scripts/setup.sh test` gets one.
 
-use crate::{PATIENCE, files};
+use crate::{PATIENCE, files, skipped};
 use forebay_streams::server::{find_tool, free_port};
 use std::{
     path::PathBuf,
@@ -26,7 +26,7 @@ impl EtcdServer {
     /// If it does not start.
     pub fn start() -> Option<EtcdServer> {
         let Some(program) = find_tool("FOREBAY_ETCD_SERVER", "etcd") else {
-            eprintln!("SKIPPED: there is no etcd on this machine; `scripts/setup.sh test` gets one");
+            skipped("there is no etcd on this machine; `scripts/setup.sh test` gets one");
             return None;
         };
         let (port, peer_port) = (free_port().expect("a port"), free_port().expect("a port"));

@@ -22,6 +22,11 @@ use std::{future::Future, time::Duration};
 /// what fails.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
+/// Says that a test is left out and why, on the descriptor itself: the harness keeps what a test prints to itself if it passes.
+pub fn skipped(why: &str) {
+    let _ = rustix::io::write(rustix::stdio::stderr(), format!("SKIPPED: {why}\n").as_bytes());
+}
+
 /// Waits for something that must happen.
 ///
 /// # Panics

@@ -108,6 +108,45 @@ async fn a_prefill_that_nobody_is_left_to_do_is_done_here() {
     );
 }
 
+/// Too many that wait for prefill workers: a decode worker does the next itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_prefill_queue_is_not_joined() {
+    let mut deployment = Deployment::start().await;
+    deployment.simulate(Duration::ZERO);
+    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "10000000");
+    let mut prefill = deployment.prefill().await;
+    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "0");
+    let _decode = deployment.decode().await;
+    let gateway = deployment.gateway(&[]).await;
+    said(&deployment, &["config", "set", QUEUE, "2"], Some(true)).await;
+    let mut waiting = Vec::new();
+    let local = loop {
+        // The worker computes a few; then two wait, and the decode worker has room for eight.
+        assert!(waiting.len() < 7, "all of them went to the prefill worker");
+        let (client, number) = (gateway.client.clone(), waiting.len());
+        let ask = async move { client.ask(&Chat::new(&format!("{number} wait")).tokens(3)).await };
+        let mut asked = tokio::spawn(ask);
+        match tokio::time::timeout(Duration::from_secs(2), &mut asked).await {
+            Ok(answer) => break answer.expect("no panic"),
+            Err(_) => waiting.push(asked),
+        }
+    };
+    assert!(waiting.len() > 2, "only {} went there, and none waited", waiting.len());
+    let depth = deployment.depth(Role::Prefill).await;
+    assert!(depth.pending >= 2, "{depth:?}");
+    deployment.check(&local).await;
+    let queued = |body: &Body| matches!(body, Body::PrefillQueued(_));
+    let events = deployment.events(local.request).await;
+    assert!(!events.iter().any(|recorded| queued(&recorded.event.body)), "{events:?}");
+    prefill.process.kill();
+    for asked in waiting {
+        let answer = soon("an answer", asked).await.expect("no panic");
+        deployment.check(&answer).await;
+        let events = deployment.events(answer.request).await;
+        assert!(events.iter().any(|recorded| queued(&recorded.event.body)), "{events:?}");
+    }
+}
+
 /// Whether a request that is made now is prefilled remotely. No two are the same, so that nothing of one is cached for
 /// another.
 async fn is_remote(deployment: &Deployment, gateway: &Gateway) -> bool {

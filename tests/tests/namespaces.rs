@@ -7,6 +7,7 @@ use forebay_tests::{
     chaos::link::Link,
     deployment::shown,
     namespaces::{Namespace, Network},
+    skipped,
 };
 
 /// Three machines: this one with NATS and the gateway, one to prefill and one to decode.
@@ -25,7 +26,7 @@ impl Site {
         let network = match Network::create() {
             Ok(network) => network,
             Err(cause) => {
-                eprintln!("SKIPPED: workers on different machines: {cause}");
+                skipped(&format!("workers on different machines: {cause}"));
                 return None;
             }
         };

@@ -17,6 +17,7 @@ use forebay_streams::{
     settings::{self, SettingsStore, Values},
 };
 use forebay_tests::{
+    Chat, Deployment,
     chaos::link::{Link, Weather},
     etcd::EtcdServer,
 };
@@ -286,6 +287,40 @@ async fn etcd_may_lose_everything() {
     tokio::task::block_in_place(|| server.restart_empty());
     all_stay(&mut workers, &["a"], Duration::from_secs(8)).await;
     soon(&mut live, |live| live.step_tokens.is_none()).await;
+}
+
+/// Workers, and what they generate, outlive an etcd that is away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_go_on_while_etcd_is_away() {
+    let Some(mut server) = EtcdServer::start() else { return };
+    let mut deployment = Deployment::start().await;
+    deployment.simulate(Duration::from_millis(100));
+    deployment.keep_registry_at(&server.url()).await;
+    let (_decode, _prefill) = tokio::join!(deployment.decode(), deployment.prefill());
+    let gateway = deployment.gateway(&[]).await;
+    let client = gateway.client.clone();
+    let long = tokio::spawn(async move { client.ask(&Chat::new("How long is it away?").tokens(150)).await });
+    let registered = deployment.registered();
+    let mut workers = registered.clone();
+    soon(&mut workers, |all| all.values().any(|lease| lease.free_slots < lease.slots)).await;
+    server.kill();
+    tokio::time::sleep(AWAY).await;
+    let meanwhile = gateway.client.ask(&Chat::new("Who answers now?").tokens(5)).await;
+    deployment.check(&meanwhile).await;
+    // Not with `block_in_place`: the thread that has started the processes might end, and they with it.
+    let _server = tokio::task::spawn_blocking(move || {
+        server.restart();
+        server
+    })
+    .await
+    .unwrap();
+    let answer = tokio::time::timeout(PATIENCE, long).await.expect("in time").expect("no panic");
+    let state = deployment.check(&answer).await;
+    assert_eq!((state.tokens.len(), state.attempt), (150, 1), "nobody was taken for dead");
+    tokio::time::sleep(LEASE * 3).await;
+    assert_eq!(registered.borrow().len(), 2, "{:?}", registered.borrow());
+    deployment.check(&gateway.client.ask(&Chat::new("And now?").tokens(5)).await).await;
+    deployment.all_slots_free().await;
 }
 
 /// What changed while a watcher could not hear it, and was compacted since, is known once it can.

@@ -305,7 +305,7 @@ async fn failed(worker: &Arc<Worker>, log: &LogRef, error: &RequestError) -> Opt
 async fn give_back(worker: &Worker, writer: &mut LogWriter, error: &RequestError) -> Option<Verdict> {
     tracing::warn!(log = %writer.log(), %error, "the attempt failed; giving the request back");
     let (cause, reason) = (ReleaseCause::Failed, error.to_string());
-    let released = Released { worker: worker.id.clone(), cause, reason, kv: None };
+    let released = Released { worker: worker.id.clone(), cause, reason, kv: None, cached_tokens: 0 };
     // If the log can't be extended now, the task comes back all the same.
     let _ = writer.append(Body::Released(released)).await;
     Some(Verdict::Later(FAILED_PAUSE))

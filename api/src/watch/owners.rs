@@ -254,8 +254,13 @@ mod tests {
     fn what_changes_hands_or_ends_is_no_longer_theirs() {
         let (mut owners, [one, two], now) = two();
         owners.observe(&claimed(one, "other"), now);
-        let released =
-            Released { worker: worker("w"), cause: ReleaseCause::Drained, reason: String::new(), kv: None };
+        let released = Released {
+            worker: worker("w"),
+            cause: ReleaseCause::Drained,
+            reason: String::new(),
+            kv: None,
+            cached_tokens: 0,
+        };
         owners.observe(&event(two, Body::Released(released)), now);
         for at in [300, 600] {
             assert!(owners.answered(&worker("w"), Presence::Gone, now + ms(at)).is_empty());

@@ -26,8 +26,8 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// Pause between two tries.
 const START_PAUSE: Duration = Duration::from_millis(200);
 
-/// Tries again for a while: of a stream that was just made, not all servers of a cluster know at once.
-async fn patiently<T, F: Future<Output = Result<T, StreamError>>>(
+/// Tries again for a while: of what was just made, not all servers of a cluster know at once.
+pub(super) async fn patiently<T, F: Future<Output = Result<T, StreamError>>>(
     mut attempt: impl FnMut() -> F,
 ) -> Result<T, StreamError> {
     let give_up = Instant::now() + START_PATIENCE;

@@ -1,7 +1,7 @@
 //! The streams, buckets and consumers that everything runs on: made where missing, and read back, because an
 //! older server ignores settings that it does not know.
 
-use super::failed;
+use super::{catalog::patiently, failed};
 use crate::{StreamError, own_queues::Owner};
 use async_nats::jetstream::{
     Context,
@@ -324,10 +324,12 @@ pub(crate) async fn ensure_consumer(
         num_replicas: limits.replicas,
         ..Default::default()
     };
-    let consumer = stream
-        .get_or_create_consumer(&name, wanted.clone())
-        .await
-        .map_err(failed(format!("making consumer {name}")))?;
+    // Of several workers that start at once with a cluster, one may go without an answer.
+    let make = || async {
+        let made = stream.get_or_create_consumer(&name, wanted.clone()).await;
+        made.map_err(failed(format!("making consumer {name}")))
+    };
+    let consumer = patiently(make).await?;
     let found = &consumer.cached_info().config;
     if found.filter_subject != wanted.filter_subject || found.ack_policy != wanted.ack_policy {
         return Err(StreamError::new(

@@ -1,8 +1,12 @@
 //! What only a real server can show.
 
 use crate::site::*;
-use forebay_schemas::event::{Body, Event, RequestAccepted, RequestCancelled};
+use forebay_schemas::{
+    cache_event::{CacheChange, CacheEvent},
+    event::{Body, Event, RequestAccepted, RequestCancelled},
+};
 use forebay_streams::{
+    cache_events::{CacheFollow, Heard},
     follow::Hub,
     jetstream::{self, Limits, Options},
     log::AppendError,
@@ -90,4 +94,44 @@ async fn no_server_is_said_with_what_to_do() {
     let error = jetstream::connect(options).await.err().unwrap().to_string();
     assert!(error.contains("no NATS server answers at nats://127.0.0.1:1"), "{error}");
     assert!(error.contains("forebay up"), "{error}");
+}
+
+/// The stream of cache events is lost and made anew, while workers go on telling.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cache_events_that_begin_anew_are_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(None, folder.path(), 0).unwrap();
+    let streams = connect(&server).await;
+    let of = owner("w-1");
+    let worker = of.worker.clone();
+    let event = move |number| CacheEvent {
+        worker: worker.clone(),
+        incarnation: 1,
+        number,
+        change: CacheChange::Removed { blocks: vec![] },
+    };
+    let mut last = 0;
+    for number in 0..5 {
+        last = streams.cache_events.tell(&of, &event(number), last).await.unwrap();
+    }
+    let mut follow = CacheFollow::start(streams.cache_events.clone()).await.unwrap();
+    assert!(matches!(follow.next().await.unwrap(), Heard::Events(events) if events.len() == 5));
+    let plain = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    plain.delete_stream("FB_KV").await.unwrap();
+    // Whoever starts next makes it again.
+    let streams = connect(&server).await;
+    let telling = tokio::spawn(async move {
+        let (mut number, mut last) = (0, 0);
+        loop {
+            last = streams.cache_events.tell(&of, &event(number), last).await.unwrap();
+            number += 1;
+            tokio::time::sleep(Duration::from_millis(700)).await;
+        }
+    });
+    // Before as many events as there were before: then nothing would seem to be missing.
+    let heard = tokio::time::timeout(Duration::from_secs(3), follow.next()).await;
+    assert_eq!(heard.expect("in time").unwrap(), Heard::Anew);
+    let heard = follow.next().await.unwrap();
+    assert!(matches!(&heard, Heard::Events(events) if events[0].seq == 1), "{heard:?}");
+    telling.abort();
 }

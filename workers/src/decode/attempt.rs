@@ -109,7 +109,8 @@ impl Attempt<'_> {
                 Ok(transferred) => {
                     let filled = transferred.tokens;
                     writer.append(Body::KvTransferred(transferred)).await?;
-                    return Ok(Start::Filled { filled, cached: 0 });
+                    // Where a first token is still to be drawn, what the attempt before has found counts.
+                    return Ok(Start::Filled { filled, cached: writer.state().cached_tokens });
                 }
                 Err(error) => {
                     self.lost(writer, output, error.to_string(), 0, 0).await?;

@@ -146,6 +146,7 @@ impl Attempt<'_> {
             cause: ReleaseCause::Drained,
             reason: reason.to_owned(),
             kv,
+            cached_tokens: if output.tokens().is_empty() { cached } else { 0 },
         };
         writer.append(Body::Released(released)).await?;
         Ok(Outcome::Left(sealed))

@@ -16,6 +16,7 @@ use forebay_schemas::{
 use forebay_streams::environment::{is_simulated, pause};
 use index::{Index, Used};
 use std::{
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard},
     thread,
     time::{Duration, Instant},
@@ -27,8 +28,8 @@ const ARRIVAL_MAX: Duration = Duration::from_secs(1);
 /// ... and how often it is looked for.
 const ARRIVAL_POLL: Duration = Duration::from_millis(1);
 
-/// The lowest priority, for what is done ahead of need.
-const IDLE_NICE: i32 = 19;
+/// Bytes that are committed at once.
+const COMMIT_STEP: usize = 256 << 10;
 
 /// More blocks are of no use: what is known of them would take more than they do.
 const BLOCKS_MAX: u64 = 1 << 20;
@@ -148,20 +149,30 @@ impl BlockCache {
             return;
         }
         let Some(blocks) = self.index().commit(self.0.ahead) else { return };
-        let shared = self.0.clone();
+        let cache = self.clone();
         let commit = move || {
-            // Of this thread alone: it is in no hurry.
-            let _ = rustix::process::nice(IDLE_NICE);
-            let KvLayout { geometry, .. } = shared.layout;
-            let bytes = blocks.len() * shared.layout.slot_stride();
-            let mut starts = (0..geometry.layers as usize * 2)
-                .map(|plane| shared.layout.slot_offset(plane, blocks.start as usize));
-            if !starts.all(|start| shared.pool.commit(start, bytes)) {
-                tracing::debug!("memory of the prefix cache is not committed ahead of need");
+            cache.commit(blocks);
+            // One such thread at a time: more blocks may have come meanwhile.
+            while let Some(blocks) = cache.index().commit_more(cache.0.ahead) {
+                cache.commit(blocks);
             }
         };
         // Without a thread for it, memory comes as it is touched.
         let _ = thread::Builder::new().name("kv-commit".to_owned()).spawn(commit);
+    }
+
+    fn commit(&self, blocks: Range<u32>) {
+        let Shared { pool, layout, .. } = &*self.0;
+        let bytes = blocks.len() * layout.slot_stride();
+        let planes = 0..layout.geometry.layers as usize * 2;
+        let starts = planes.map(|plane| layout.slot_offset(plane, blocks.start as usize));
+        // In steps: the kernel holds a lock of the whole process during each.
+        let mut steps = starts.flat_map(|start| {
+            (0..bytes).step_by(COMMIT_STEP).map(move |at| (start + at, COMMIT_STEP.min(bytes - at)))
+        });
+        if !steps.all(|(start, bytes)| pool.commit(start, bytes)) {
+            tracing::debug!("memory of the prefix cache is not committed ahead of need");
+        }
     }
 
     /// Changes since this was asked last, for the router's index.

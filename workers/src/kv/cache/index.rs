@@ -54,6 +54,8 @@ pub(super) struct Index {
     fresh: u32,
     /// Places up to this one have their memory, or will have it soon.
     committed: u32,
+    /// Somebody is at it.
+    committing: bool,
     total: u32,
     tick: u64,
     /// Blocks that are being stored.
@@ -71,6 +73,7 @@ impl Index {
             free: Vec::new(),
             fresh: 0,
             committed: 0,
+            committing: false,
             total,
             tick: 0,
             arriving: HashSet::new(),
@@ -147,7 +150,19 @@ impl Index {
     }
 
     /// Places whose memory is to be committed, so that so many have it that never held anything. Not few at a time.
+    /// None too while they are being committed: who does that asks for more.
     pub(super) fn commit(&mut self, ahead: u32) -> Option<Range<u32>> {
+        if self.committing { None } else { self.commit_more(ahead) }
+    }
+
+    /// The same, for who has committed what it was told before.
+    pub(super) fn commit_more(&mut self, ahead: u32) -> Option<Range<u32>> {
+        let more = self.uncommitted(ahead);
+        self.committing = more.is_some();
+        more
+    }
+
+    fn uncommitted(&mut self, ahead: u32) -> Option<Range<u32>> {
         let until = (self.fresh + ahead).min(self.total);
         let begin = self.committed.max(self.fresh);
         if until <= begin || (until < self.total && until - begin < ahead / 8) {
@@ -247,14 +262,16 @@ mod tests {
     fn memory_is_committed_ahead_of_blocks() {
         let mut index = Index::new(40);
         assert_eq!(index.commit(16), Some(0..16));
-        assert_eq!(index.commit(16), None);
+        assert_eq!(index.commit_more(16), None);
         store(&mut index, &hashes(0..1));
         assert_eq!(index.commit(16), None);
         store(&mut index, &hashes(1..2));
         assert_eq!(index.commit(16), Some(16..18));
-        // More at once than there was memory for: that has it by now.
+        // More at once than there was memory for: that has it by now. But one commits at a time.
         store(&mut index, &hashes(10..32));
-        assert_eq!(index.commit(16), Some(24..40));
+        assert_eq!(index.commit(16), None);
+        assert_eq!(index.commit_more(16), Some(24..40));
+        assert_eq!(index.commit_more(16), None);
         assert_eq!(index.commit(16), None);
     }
 

@@ -159,13 +159,17 @@ impl Agent {
         }
         let (begun, mut given_up) = (Instant::now(), false);
         loop {
-            match self.agent.get_xfer_status(&request).map_err(failed("a read"))? {
+            let status = self.agent.get_xfer_status(&request).map_err(|error| {
+                // Some of it may be under way all the same: that ends with the connection.
+                self.forget(from);
+                failed("a read")(error)
+            })?;
+            match status {
                 XferStatus::Success if given_up => return Err(NixlError::TimedOut),
                 XferStatus::Success => return Ok(()),
                 XferStatus::InProgress if !given_up && begun.elapsed() > READ_TIMEOUT => {
                     given_up = true;
-                    // Ends the connection, and with it what is under way on it.
-                    self.agent.invalidate_remote_md(from).map_err(failed("giving a read up"))?;
+                    self.forget(from);
                 }
                 XferStatus::InProgress if begun.elapsed() > READ_TIMEOUT * 2 => {
                     // It may write into a slot at any later time. A worker that dies loses no request.
