@@ -2,8 +2,9 @@
 
 use forebay_schemas::{event::Body, lifecycle::Phase, task::Role};
 use forebay_streams::log::Recorded;
-use forebay_tests::{Chat, Deployment, python};
+use forebay_tests::{Chat, Deployment, files, python};
 use serde_json::Value;
+use std::time::Duration;
 
 /// One set of questions, whoever answers them.
 const SEED: &str = "11";
@@ -121,4 +122,29 @@ async fn the_log_command_shows_every_step() {
     assert!(
         String::from_utf8_lossy(&unknown.stderr).contains("never accepted here, or older than the log keeps")
     );
+}
+
+/// Chunks are read while later ones are computed: KV that can't be read is found out at the first of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reading_begins_before_the_prefill_ends() {
+    let mut deployment = Deployment::start().await;
+    deployment.simulate(Duration::ZERO);
+    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "2000");
+    deployment.set("FOREBAY_CHUNK", "64");
+    deployment.set("FOREBAY_KV_TRANSPORT", "shm");
+    let sockets = files::scratch();
+    let folder = sockets.path().display().to_string();
+    let (_decode, _prefill) =
+        tokio::join!(deployment.decode(), deployment.worker(Role::Prefill, &["--sockets", &folder]));
+    drop(sockets);
+    let gateway = deployment.gateway(&[]).await;
+    let answer = gateway.client.ask(&Chat::new(&"What is a forebay? ".repeat(100)).tokens(5)).await;
+    let state = deployment.check(&answer).await;
+    assert!(state.accepted.prompt.len() > 512 && state.tokens.len() == 5, "{state:?}");
+    let events = names(&deployment.events(answer.request).await);
+    let at = |name| events.iter().position(|event| *event == name);
+    let lost = at("KvLost").expect("it can't be read");
+    assert!(at("KvReady").is_some_and(|ready| ready < lost), "{events:?}");
+    assert!(at("PrefillCompleted").is_none_or(|completed| lost < completed), "{events:?}");
+    deployment.all_slots_free().await;
 }
