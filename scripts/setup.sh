@@ -4,7 +4,8 @@
 #
 #   scripts/setup.sh          nats-server and ONNX Runtime: enough to run
 #   scripts/setup.sh dev      also cargo-deny, for `make check`
-#   scripts/setup.sh test     also the OpenAI client for Python, and etcd, for `make test`
+#   scripts/setup.sh test     also the OpenAI client for Python, etcd and (x86_64) NVRTC, for `make test`
+#   scripts/setup.sh cuda     also NVRTC, which compiles kernels for GPUs (90 MB, x86_64 only)
 #   scripts/setup.sh nixl     also NIXL and libclang, for builds with the feature `nixl` (150 MB, x86_64 only)
 #
 # Everything comes from PyPI through pip, by version and SHA-256 (scripts/setup/*.txt, tests/requirements.txt). A
@@ -123,6 +124,29 @@ PY
     keep_pins nixl "$pins"
 }
 
+# NVRTC and what it is built on; no GPU is needed to compile.
+fetch_nvrtc() {
+    local pins=scripts/setup/nvrtc.txt target=$home/cuda
+    [ "$arch" = x86_64 ] || { say "no NVRTC to fetch for $arch; name the folder of libnvrtc.so.13 in FOREBAY_CUDA"; return; }
+    [ -e $target/libnvrtc.so.13 ] && is_current nvrtc "$pins" && return
+    download nvrtc "$pins"
+    "$python" - "$work/nvrtc" <<'PY'
+import pathlib, sys, zipfile
+folder = pathlib.Path(sys.argv[1])
+(wheel,) = folder.glob("*.whl")
+(folder / "cuda").mkdir()
+with zipfile.ZipFile(wheel) as files:
+    for name in files.namelist():
+        path = pathlib.PurePath(name)
+        if path.match("nvidia/cu13/lib/*.so.*") and ".alt." not in path.name:
+            (folder / "cuda" / path.name).write_bytes(files.read(name))
+PY
+    check "$work/nvrtc/cuda/libnvrtc.so.13"
+    rm -rf $target
+    mv "$work/nvrtc/cuda" $target
+    keep_pins nvrtc "$pins"
+}
+
 # Debian's etcd, unpacked rather than installed: that takes no root, and starts no service. Without one, the tests that
 # need it are skipped, and say so.
 fetch_etcd() {
@@ -158,7 +182,7 @@ if [ -z "${FOREBAY_NATS_SERVER:-}" ] || [ -z "${ORT_DYLIB_PATH:-}" ]; then
 fi
 command -v cargo >/dev/null || fail "cargo was not found: install Rust with rustup, which then takes the version in rust-toolchain.toml"
 command -v cc >/dev/null || fail "a C compiler is needed to build: apt-get install gcc"
-case ${1:-} in '' | dev | test | nixl) ;; *) fail "usage: scripts/setup.sh [dev|test|nixl]" ;; esac
+case ${1:-} in '' | dev | test | nixl | cuda) ;; *) fail "usage: scripts/setup.sh [dev|test|nixl|cuda]" ;; esac
 
 if [ -n "${FOREBAY_NATS_SERVER:-}" ]; then
     [ -x "$FOREBAY_NATS_SERVER" ] || fail "FOREBAY_NATS_SERVER names $FOREBAY_NATS_SERVER, which is no program"
@@ -178,9 +202,11 @@ nixl)
     fetch_nixl
     fetch libclang scripts/setup/libclang.txt native/libclang.so $home/clang/libclang.so
     ;;
+cuda) fetch_nvrtc ;;
 test)
     fetch_python_packages
     fetch_etcd
+    fetch_nvrtc
     ;;
 esac
 say "$home has what is needed"

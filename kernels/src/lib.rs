@@ -1,12 +1,18 @@
 //! What lies beneath the KV cache: memory shared between processes, copies with checksums, and sockets to fill
-//! it from. With the thin ONNX Runtime binding in `forebay-workers`, this is the only place for `unsafe`.
+//! it from; how tokens are drawn; and the same for GPUs ([`cuda`]). With the thin ONNX Runtime binding in
+//! `forebay-workers`, this is the only place for `unsafe`.
 
 mod copy;
+pub mod cuda;
 mod region;
+mod sampler;
 mod socket;
+mod wide;
 mod words;
 
 pub use copy::{Checksum, checksum, copy_summed};
 pub use region::{Region, RegionError};
+pub use sampler::{NotFinite, exp, sample};
 pub use socket::{receive, send};
+pub use wide::with_wide_vectors;
 pub use words::Words;

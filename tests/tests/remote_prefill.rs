@@ -134,8 +134,8 @@ async fn reading_begins_before_the_prefill_ends() {
     deployment.set("FOREBAY_KV_TRANSPORT", "shm");
     let sockets = files::scratch();
     let folder = sockets.path().display().to_string();
-    let (_decode, _prefill) =
-        tokio::join!(deployment.decode(), deployment.worker(Role::Prefill, &["--sockets", &folder]));
+    let flags = ["--sockets", &folder];
+    let (_decode, _prefill) = tokio::join!(deployment.decode(), deployment.worker(Role::Prefill, &flags));
     drop(sockets);
     let gateway = deployment.gateway(&[]).await;
     let answer = gateway.client.ask(&Chat::new(&"What is a forebay? ".repeat(100)).tokens(5)).await;

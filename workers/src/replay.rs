@@ -5,9 +5,10 @@
 //! it. Chunks and steps are a worker's; batches are not: what ran beside the request is not in its log.
 
 use crate::{
-    engine::{Draw, Engine, EngineError, Row, Sampled, sampler},
+    engine::{Draw, Engine, EngineError, Row, Sampled},
     output::OutputText,
 };
+use forebay_kernels::{NotFinite, sample};
 use forebay_schemas::{event::FinishReason, lifecycle::Lifecycle, sampling::Sampling};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
@@ -106,8 +107,8 @@ fn drawn(
     position: u32,
 ) -> Result<u32, EngineError> {
     let Some(logits) = engine.row_logits(0) else { return Ok(sampled.token) };
-    sampler::sample(&mut logits.to_vec(), sampling, index)
-        .map_err(|sampler::NotFinite| EngineError::NotFinite { slot: SLOT, position })
+    sample(&mut logits.to_vec(), sampling, index)
+        .map_err(|NotFinite| EngineError::NotFinite { slot: SLOT, position })
 }
 
 impl Comparison {

@@ -4,7 +4,7 @@
 //! takes the place of Split, four Reshapes and two norms between the QKV product and the attention, and hands the
 //! attention one packed tensor; `SwiGlu` that of Split, activation and product in the MLP. Both are memory-bound.
 
-use super::{binding::with_wide_vectors, sampler};
+use forebay_kernels::{exp, with_wide_vectors};
 use ort::{
     operator::{
         ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput,
@@ -152,7 +152,7 @@ impl Kernel for SwiGlu {
 /// x · sigmoid(x).
 fn silu(x: f32) -> f32 {
     // e^−|x| never overflows, and serves both sides.
-    let small = sampler::exp(-x.abs());
+    let small = exp(-x.abs());
     let numerator = if x >= 0.0 { 1.0 } else { small };
     x * numerator / (1.0 + small)
 }

@@ -16,7 +16,6 @@ pub mod library;
 pub mod onnx;
 pub mod quantize;
 pub mod random_checkpoint;
-pub mod sampler;
 pub mod sim;
 
 use forebay_kernels::Region;

@@ -6,9 +6,8 @@ use super::{
     checkpoint::{Checkpoint, CheckpointError},
     graph::{self, Precision},
     library::{self, LibraryError},
-    sampler,
 };
-use forebay_kernels::{Region, RegionError};
+use forebay_kernels::{NotFinite, Region, RegionError, sample};
 use forebay_schemas::{
     ids::fnv1a,
     kv::{KvDtype, KvGeometry, KvLayout, LayoutHash},
@@ -143,9 +142,9 @@ impl OnnxEngine {
     ) -> Result<Sampled, EngineError> {
         let vocab = self.card.vocab as usize;
         let logits = &mut self.logits.data_mut()[row * vocab..][..vocab];
-        match sampler::sample(logits, draw.sampling, draw.index) {
+        match sample(logits, draw.sampling, draw.index) {
             Ok(token) => Ok(Sampled::new(token)),
-            Err(sampler::NotFinite) => Err(EngineError::NotFinite { slot, position }),
+            Err(NotFinite) => Err(EngineError::NotFinite { slot, position }),
         }
     }
 }

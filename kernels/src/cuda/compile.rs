@@ -1,0 +1,140 @@
+//! Kernels made into machine code, by NVRTC: at start, for the GPU that is there, or for any other to see that they compile.
+
+#![allow(unsafe_code)]
+
+use cudarc::nvrtc::{result, sys};
+use std::{
+    ffi::{CStr, CString, c_char},
+    path::{Path, PathBuf},
+};
+
+/// The name by which the driver's and the toolkit's loaders know it.
+const LIBRARY: &str = "libnvrtc.so.13";
+
+/// Why kernels could not be compiled.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// NVRTC is not there.
+    #[error("NVRTC was not found ({}: {cause}): run `scripts/setup.sh cuda`, or name the folder of {LIBRARY} in FOREBAY_CUDA", path.display())]
+    NotFound {
+        /// What was looked for.
+        path: PathBuf,
+        /// What the loader says.
+        cause: String,
+    },
+    /// A call failed, or the sources do not compile.
+    #[error("NVRTC: {call}: {log}")]
+    Failed {
+        /// What was done.
+        call: &'static str,
+        /// What NVRTC says.
+        log: String,
+    },
+}
+
+/// A file of kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Its name.
+    pub name: &'static str,
+    text: &'static str,
+}
+
+/// What all of them include.
+const HEADER: &str = include_str!("../../cuda/kernel.h");
+
+/// All files of kernels.
+pub const SOURCES: [Source; 2] = [
+    Source { name: "kv.cu", text: include_str!("../../cuda/kv.cu") },
+    Source { name: "sampler.cu", text: include_str!("../../cuda/sampler.cu") },
+];
+
+/// NVRTC is loaded in this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Compiler(());
+
+impl Compiler {
+    /// Loads NVRTC from a folder, or from where the system's loader looks.
+    pub fn load(folder: Option<&Path>) -> Result<Compiler, CompileError> {
+        // It looks for its own second library by its bare name, and not beside itself.
+        if let Some(builtins) = folder.and_then(builtins) {
+            load(builtins)?;
+        }
+        load(folder.map_or_else(|| PathBuf::from(LIBRARY), |folder| folder.join(LIBRARY)))?;
+        Ok(Compiler(()))
+    }
+
+    /// Machine code of a file's kernels for GPUs of one compute capability, such as 90.
+    pub fn compile(&self, source: Source, capability: u32) -> Result<Vec<u8>, CompileError> {
+        let whole = format!(
+            "{HEADER}\n#line 1 \"{}\"\n{}",
+            source.name,
+            source.text.replace("#include \"kernel.h\"", "")
+        );
+        let whole = CString::new(whole).expect("sources have no zeros");
+        let name = CString::new(source.name).expect("names have no zeros");
+        let program =
+            Program(result::create_program(&whole, Some(&name)).map_err(failed("creating a program"))?);
+        // Results must be those of the CPU: nothing is contracted, and divisions are exact.
+        let options = [
+            &format!("--gpu-architecture=sm_{capability}"),
+            "--std=c++17",
+            "--fmad=false",
+            "--prec-div=true",
+            "--ftz=false",
+        ];
+        // SAFETY: the program was just created and is destroyed only when it is dropped.
+        unsafe {
+            if let Err(error) = result::compile_program(program.0, &options) {
+                let log = result::get_program_log(program.0).unwrap_or_default();
+                // SAFETY: NVRTC ends its log with a zero.
+                let log = if log.is_empty() {
+                    format!("{error:?}")
+                } else {
+                    CStr::from_ptr(log.as_ptr()).to_string_lossy().into_owned()
+                };
+                return Err(CompileError::Failed { call: "compiling", log });
+            }
+            let mut bytes = 0;
+            sys::nvrtcGetCUBINSize(program.0, &mut bytes).result().map_err(failed("asking for code"))?;
+            let mut code = vec![0u8; bytes];
+            sys::nvrtcGetCUBIN(program.0, code.as_mut_ptr().cast::<c_char>())
+                .result()
+                .map_err(failed("asking for code"))?;
+            Ok(code)
+        }
+    }
+}
+
+fn builtins(folder: &Path) -> Option<PathBuf> {
+    let is_builtins = |path: &PathBuf| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libnvrtc-builtins.so."))
+    };
+    std::fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path())).find(is_builtins)
+}
+
+fn load(path: PathBuf) -> Result<(), CompileError> {
+    // SAFETY: whoever names or installs the library vouches for what it does when it is loaded.
+    let loaded = unsafe { libloading::Library::new(&path) };
+    let library = loaded.map_err(|error| {
+        let cause = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+        CompileError::NotFound { path, cause }
+    })?;
+    // The binding looks for it by its bare name, and finds it for as long as it is loaded.
+    std::mem::forget(library);
+    Ok(())
+}
+
+/// Destroyed when dropped.
+struct Program(sys::nvrtcProgram);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: it was created, and nothing uses it any more.
+        let _ = unsafe { result::destroy_program(self.0) };
+    }
+}
+
+fn failed(call: &'static str) -> impl Fn(result::NvrtcError) -> CompileError {
+    move |error| CompileError::Failed { call, log: format!("{error:?}") }
+}
