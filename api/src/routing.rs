@@ -221,3 +221,20 @@ fn candidates<'a>(
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_those_that_are_set_and_otherwise_the_gateways_own() {
+        assert_eq!(weights(&LiveConfig::default()), Weights::default());
+        let mut live = LiveConfig::default();
+        for (key, value) in
+            [("router_prefill_weight", "3"), ("router_kv_load_weight", "5"), ("router_active_weight", "7")]
+        {
+            live.set(key, Some(value)).unwrap();
+        }
+        assert_eq!(weights(&live), Weights { prefill: 3.0, kv_load: 5.0, active: 7.0 });
+    }
+}

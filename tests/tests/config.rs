@@ -1,7 +1,9 @@
 //! Live configuration: what is set counts from the next request on, and nothing is started again for it.
 
 use forebay_schemas::{event::Body, task::Role};
+use forebay_streams::log::Recorded;
 use forebay_tests::{Chat, Deployment, Gateway, Worker, etcd::EtcdServer, soon};
+use serde_json::json;
 use std::{
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
@@ -9,6 +11,9 @@ use std::{
 
 const LENGTH: &str = "max_local_prefill_length";
 const QUEUE: &str = "max_prefill_queue_size";
+
+/// Time in which a worker is sure to go by what was set.
+const SETTLED: Duration = Duration::from_secs(1);
 
 /// Pause between two requests that look where they are prefilled.
 const POLL: Duration = Duration::from_millis(50);
@@ -78,16 +83,61 @@ async fn placement_follows(deployment: &Deployment) {
     deployment.all_slots_free().await;
 }
 
-/// A decode worker does not wait for a prefill that nobody is left to do.
+/// Prompts get what an answer that runs beside them leaves of a step: with a step of two tokens, one at a time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_prefill_that_nobody_is_left_to_do_is_done_here() {
+async fn the_size_of_steps_can_be_changed() {
+    let mut deployment = Deployment::start().await;
+    deployment.simulate(Duration::from_millis(3));
+    let _decode = deployment.decode().await;
+    let gateway = deployment.gateway(&[]).await;
+    let client = gateway.client.clone();
+    let running = tokio::spawn(async move { client.ask(&Chat::new("Go on and on.").tokens(3500)).await });
+    let mut beside = Vec::new();
+    for (size, salt) in [("2", "a"), ("256", "b")] {
+        said(&deployment, &["config", "set", "step_tokens", size], Some(true)).await;
+        tokio::time::sleep(SETTLED).await;
+        let chat = Chat::new(&"What is a forebay? ".repeat(30)).with("cache_salt", json!(salt)).tokens(3);
+        beside.push(deployment.check(&gateway.client.ask(&chat).await).await);
+    }
+    let state = deployment.check(&running.await.expect("no panic")).await;
+    let running = deployment.events(state.request).await;
+    let mut drawn = Vec::new();
+    for state in beside {
+        let events = deployment.events(state.request).await;
+        let of =
+            |name: &str| events.iter().find(|recorded| recorded.event.body.name() == name).expect(name).seq;
+        let meanwhile = of("Claimed")..of("TokensGenerated");
+        let tokens =
+            running.iter().filter(|recorded| meanwhile.contains(&recorded.seq)).map(tokens_of).sum::<usize>();
+        drawn.push((state.accepted.prompt.len(), tokens));
+    }
+    let (prompt, slow) = drawn[0];
+    assert!(slow > prompt / 2 && drawn[1].1 < prompt / 4, "{drawn:?} of {}", state.tokens.len());
+}
+
+fn tokens_of(recorded: &Recorded) -> usize {
+    match &recorded.event.body {
+        Body::TokensGenerated(generated) => generated.tokens.len(),
+        _ => 0,
+    }
+}
+
+/// A prefill worker that will not be done, a decode worker, and a gateway.
+async fn with_a_slow_prefill_worker() -> (Deployment, Worker, Worker, Gateway) {
     let mut deployment = Deployment::start().await;
     deployment.simulate(Duration::ZERO);
     deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "10000000");
-    let mut prefill = deployment.prefill().await;
+    let prefill = deployment.prefill().await;
     deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "0");
-    let _decode = deployment.decode().await;
+    let decode = deployment.decode().await;
     let gateway = deployment.gateway(&[]).await;
+    (deployment, prefill, decode, gateway)
+}
+
+/// A decode worker does not wait for a prefill that nobody is left to do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_that_nobody_is_left_to_do_is_done_here() {
+    let (deployment, mut prefill, _decode, gateway) = with_a_slow_prefill_worker().await;
     let client = gateway.client.clone();
     let asked = tokio::spawn(async move { client.ask(&Chat::new("Who is left?").tokens(5)).await });
     deployment.busy(&prefill.id).await;
@@ -111,13 +161,7 @@ async fn a_prefill_that_nobody_is_left_to_do_is_done_here() {
 /// Too many that wait for prefill workers: a decode worker does the next itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_prefill_queue_is_not_joined() {
-    let mut deployment = Deployment::start().await;
-    deployment.simulate(Duration::ZERO);
-    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "10000000");
-    let mut prefill = deployment.prefill().await;
-    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "0");
-    let _decode = deployment.decode().await;
-    let gateway = deployment.gateway(&[]).await;
+    let (deployment, mut prefill, _decode, gateway) = with_a_slow_prefill_worker().await;
     said(&deployment, &["config", "set", QUEUE, "2"], Some(true)).await;
     let mut waiting = Vec::new();
     let local = loop {

@@ -140,7 +140,7 @@ async fn reading_begins_before_the_prefill_ends() {
     let gateway = deployment.gateway(&[]).await;
     let answer = gateway.client.ask(&Chat::new(&"What is a forebay? ".repeat(100)).tokens(5)).await;
     let state = deployment.check(&answer).await;
-    assert!(state.accepted.prompt.len() > 512 && state.tokens.len() == 5, "{state:?}");
+    assert!(state.accepted.prompt.len() > 256 && state.tokens.len() == 5, "{state:?}");
     let events = names(&deployment.events(answer.request).await);
     let at = |name| events.iter().position(|event| *event == name);
     let lost = at("KvLost").expect("it can't be read");
