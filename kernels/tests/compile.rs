@@ -13,7 +13,9 @@ fn kernels_compile_for_every_capability() {
     let compiler = match Compiler::load(folder.as_deref()) {
         Ok(compiler) => compiler,
         Err(error @ CompileError::NotFound { .. }) => {
-            println!("SKIPPED kernels_compile_for_every_capability: {error}");
+            // On the descriptor itself: the harness keeps what a test prints to itself if it passes.
+            let line = format!("SKIPPED kernels_compile_for_every_capability: {error}\n");
+            rustix::io::write(rustix::stdio::stderr(), line.as_bytes()).unwrap();
             return;
         }
         Err(error) => panic!("{error}"),
