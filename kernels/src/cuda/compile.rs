@@ -1,4 +1,4 @@
-//! Kernels made into machine code, by NVRTC: at start, for the GPU that is there, or for any other to see that they compile.
+//! Kernels made into machine code by NVRTC, for GPUs of any compute capability: none need be there.
 
 #![allow(unsafe_code)]
 
