@@ -1,4 +1,4 @@
-// Draws the next token of each row, exactly as `workers/src/engine/sampler.rs` does: the same bits of every weight, and sums
+// Draws the next token of each row, exactly as `kernels/src/sampler.rs` does: the same bits of every weight, and sums
 // of whole numbers, which are the same in any order.
 #include "kernel.h"
 
@@ -134,12 +134,12 @@ DEVICE int is_kept(float weight, Cut cut, u32 *ties) {
     return bits > cut.least || (bits == cut.least && (*ties)++ < cut.ties);
 }
 
-// Draws a token for each row of `logits`, with `stride` floats from one row to the next. A block for each row; its threads are a
-// power of two, at most THREADS_MAX. The logits are overwritten.
-KERNEL sample(float *logits, u32 vocab, u32 stride, const Draw *draws, u32 *tokens) {
+// Draws a token for each row of `logits`, which are overwritten. A block for each row; its threads are a power of two, at most
+// THREADS_MAX.
+KERNEL sample(float *logits, u32 vocab, const Draw *draws, u32 *tokens) {
     SHARED Board shared;
     Board *board = &shared;
-    float *weights = logits + (u64)BLOCK * stride;
+    float *weights = logits + (u64)BLOCK * vocab;
     const Draw draw = draws[BLOCK];
 
     float largest = -INFINITE;

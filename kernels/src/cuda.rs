@@ -1,8 +1,20 @@
-//! Kernels for GPUs, in `kernels/cuda/`: their sources, and what they are given.
+//! GPUs: their memory, copies to and from it, and our kernels, whose sources are in `kernels/cuda/`.
+//!
+//! Work is queued on [`Stream`]s; buffers wait for it before they go. Nothing here is linked: the driver is looked for at
+//! run time.
 
+mod arena;
+mod backing;
 mod compile;
+mod device;
+mod memory;
+mod transfer;
 
+pub use arena::{Arena, GrowError};
 pub use compile::{CompileError, Compiler, SOURCES, Source};
+pub use device::{Device, DeviceError, DeviceFacts, Mark, NoDevice, Stream};
+pub use memory::{DeviceBuffer, HostBuffer, PinnedRegion, Plain};
+pub use transfer::{Direction, HostSlot, Kernels, LoadError};
 
 use crate::sampler::{nucleus_part, random};
 use forebay_schemas::{
@@ -31,7 +43,7 @@ impl RowDraw {
     }
 }
 
-/// Which pieces `kv_gather` and `kv_scatter` move, with a block for each: `Pieces` in `kv.cu`.
+/// Which pieces `kv_copy` moves on one of its sides, with a block for each: `Pieces` in `kv.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Pieces {

@@ -169,6 +169,27 @@ async fn the_only_decode_worker_is_stopped_and_goes_on() {
     deployment.queue_empty(Role::Decode).await;
 }
 
+/// Whether a read was under way decides if the decode worker waits for the other prefill worker or computes the KV itself;
+/// the answer is the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_worker_is_killed_while_it_is_read() {
+    let (mut deployment, gateway, undisturbed) = simulating().await;
+    deployment.set("FOREBAY_SIM_STEP_US", "0");
+    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "300000");
+    deployment.set("FOREBAY_CHUNK", "4");
+    let (_decode, mut first) = tokio::join!(deployment.decode(), deployment.prefill());
+    let stream = gateway.client.stream(&chat()).await;
+    let request = stream.answer().request;
+    deployment.logged(request, |event| matches!(event.body, Body::KvReady(_))).await;
+    first.process.kill();
+    deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "1000");
+    let _second = deployment.prefill().await;
+    let state = deployment.check(&stream.rest().await).await;
+    assert_eq!((state.attempt, &state.tokens), (1, &undisturbed.tokens));
+    deployment.all_slots_free().await;
+    deployment.queue_empty(Role::Prefill).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_prefill_worker_is_killed_while_it_computes() {
     let (mut deployment, gateway, undisturbed) = simulating().await;
@@ -177,7 +198,9 @@ async fn a_prefill_worker_is_killed_while_it_computes() {
     deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "300000");
     deployment.set("FOREBAY_CHUNK", "4");
     deployment.set("FOREBAY_PREFILL_PATIENCE_S", "8");
-    let (decode, mut first) = tokio::join!(deployment.decode(), deployment.prefill());
+    // Nothing is read before the prefill is over: a decode worker that finds it dead in a read computes the KV itself.
+    let decode = deployment.worker(Role::Decode, &["--bench-no-overlap"]);
+    let (decode, mut first) = tokio::join!(decode, deployment.prefill());
     let stream = gateway.client.stream(&chat()).await;
     let request = stream.answer().request;
     deployment.logged(request, |event| matches!(event.body, Body::KvReady(_))).await;

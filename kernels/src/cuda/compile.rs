@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use cudarc::nvrtc::{result, sys};
+use forebay_schemas::ids::fnv1a;
 use std::{
     ffi::{CStr, CString, c_char},
     path::{Path, PathBuf},
@@ -43,6 +44,9 @@ pub struct Source {
 /// What all of them include.
 const HEADER: &str = include_str!("../../cuda/kernel.h");
 
+/// Results must be those of the CPU: nothing is contracted, and divisions are exact.
+const OPTIONS: [&str; 4] = ["--std=c++17", "--fmad=false", "--prec-div=true", "--ftz=false"];
+
 /// All files of kernels.
 pub const SOURCES: [Source; 2] = [
     Source { name: "kv.cu", text: include_str!("../../cuda/kv.cu") },
@@ -52,6 +56,30 @@ pub const SOURCES: [Source; 2] = [
 /// NVRTC is loaded in this process.
 #[derive(Clone, Copy, Debug)]
 pub struct Compiler(());
+
+impl Source {
+    /// Where its code is kept: the name changes with all that the code depends on.
+    fn path(self, capability: u32, folder: &Path) -> PathBuf {
+        let of = format!("{HEADER}{}{OPTIONS:?}", self.text);
+        folder.join(format!("{}-sm_{capability}-{:016x}.cubin", self.name, fnv1a(of.as_bytes())))
+    }
+
+    /// Code that was kept in a folder.
+    pub(super) fn cached(self, capability: u32, folder: &Path) -> Option<Vec<u8>> {
+        std::fs::read(self.path(capability, folder)).ok().filter(|code| code.starts_with(b"\x7fELF"))
+    }
+
+    /// Keeps code in a folder for the next time. Where it can't be kept, it is compiled again.
+    pub(super) fn keep(self, capability: u32, folder: &Path, code: &[u8]) {
+        let path = self.path(capability, folder);
+        let new = path.with_extension(std::process::id().to_string());
+        let kept = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&new, code));
+        // In one step: whoever starts at the same time reads all of it, or nothing.
+        if kept.and_then(|()| std::fs::rename(&new, path)).is_err() {
+            let _ = std::fs::remove_file(new);
+        }
+    }
+}
 
 impl Compiler {
     /// Loads NVRTC from a folder, or from where the system's loader looks.
@@ -75,14 +103,8 @@ impl Compiler {
         let name = CString::new(source.name).expect("names have no zeros");
         let program =
             Program(result::create_program(&whole, Some(&name)).map_err(failed("creating a program"))?);
-        // Results must be those of the CPU: nothing is contracted, and divisions are exact.
-        let options = [
-            &format!("--gpu-architecture=sm_{capability}"),
-            "--std=c++17",
-            "--fmad=false",
-            "--prec-div=true",
-            "--ftz=false",
-        ];
+        let architecture = format!("--gpu-architecture=sm_{capability}");
+        let options: Vec<&str> = [&architecture[..]].into_iter().chain(OPTIONS).collect();
         // SAFETY: the program was just created and is destroyed only when it is dropped.
         unsafe {
             if let Err(error) = result::compile_program(program.0, &options) {

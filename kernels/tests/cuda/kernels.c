@@ -1,48 +1,51 @@
-// The kernels as functions that tests call.
+// The kernels with their parameters as a launch hands them over: an array of pointers, one to each.
 #include "../../cuda/kv.cu"
 #include "../../cuda/sampler.cu"
 
-#define EXPORT __attribute__((visibility("default")))
+typedef struct {
+    const char *name;
+    // Takes the parameters over, as they are only there during the launch.
+    void *(*take)(void **parameters);
+    void (*run)(const void *taken);
+} Kernel;
 
 typedef struct {
     const u8 *from;
+    Pieces out;
     u8 *into;
-    Pieces of;
-} KvArguments;
+    Pieces in;
+} KvCopy;
 
-static void gather(const void *given) {
-    const KvArguments *a = given;
-    kv_gather(a->from, a->into, a->of);
+static void *take_kv_copy(void **given) {
+    KvCopy *taken = malloc(sizeof *taken);
+    *taken = (KvCopy){*(const u8 **)given[0], *(Pieces *)given[1], *(u8 **)given[2], *(Pieces *)given[3]};
+    return taken;
 }
 
-static void scatter(const void *given) {
-    const KvArguments *a = given;
-    kv_scatter(a->from, a->into, a->of);
-}
-
-EXPORT void run_kv_gather(const u8 *arena, u8 *staging, const Pieces *of, u32 pieces, u32 threads) {
-    const KvArguments arguments = {arena, staging, *of};
-    launch(gather, &arguments, pieces, threads);
-}
-
-EXPORT void run_kv_scatter(const u8 *staging, u8 *arena, const Pieces *of, u32 pieces, u32 threads) {
-    const KvArguments arguments = {staging, arena, *of};
-    launch(scatter, &arguments, pieces, threads);
+static void run_kv_copy(const void *given) {
+    const KvCopy *a = given;
+    kv_copy(a->from, a->out, a->into, a->in);
 }
 
 typedef struct {
     float *logits;
-    u32 vocab, stride;
+    u32 vocab;
     const Draw *draws;
     u32 *tokens;
-} SampleArguments;
+} Sample;
 
-static void sample_rows(const void *given) {
-    const SampleArguments *a = given;
-    sample(a->logits, a->vocab, a->stride, a->draws, a->tokens);
+static void *take_sample(void **given) {
+    Sample *taken = malloc(sizeof *taken);
+    *taken = (Sample){*(float **)given[0], *(u32 *)given[1], *(const Draw **)given[2], *(u32 **)given[3]};
+    return taken;
 }
 
-EXPORT void run_sample(float *logits, u32 vocab, u32 stride, const Draw *draws, u32 *tokens, u32 rows, u32 threads) {
-    const SampleArguments arguments = {logits, vocab, stride, draws, tokens};
-    launch(sample_rows, &arguments, rows, threads);
+static void run_sample(const void *given) {
+    const Sample *a = given;
+    sample(a->logits, a->vocab, a->draws, a->tokens);
 }
+
+static const Kernel kernels[] = {
+    {"kv_copy", take_kv_copy, run_kv_copy},
+    {"sample", take_sample, run_sample},
+};

@@ -1,0 +1,209 @@
+//! KV of all slots in a GPU's memory: addresses for all of it, memory where sequences are.
+
+#![allow(unsafe_code)]
+
+use super::{
+    backing::{Backing, Full},
+    device::{Device, DeviceError, Doing},
+};
+use cudarc::driver::sys;
+use forebay_schemas::kv::KvLayout;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Why a slot could not grow.
+#[derive(Debug, thiserror::Error)]
+pub enum GrowError {
+    /// All memory is in use. Nothing was changed.
+    #[error("the KV cache is full: {mib} MiB are in use")]
+    Full {
+        /// How much there is.
+        mib: usize,
+    },
+    /// A call of the driver failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Addresses for the KV of all slots, laid out as a region is.
+///
+/// What has no memory of its own lies, all of it, over one and the same granule: decode steps write a scratch position of
+/// slots that nobody uses, and what is read there counts for nothing.
+#[derive(Debug)]
+pub struct Arena {
+    device: Device,
+    base: sys::CUdeviceptr,
+    granule: usize,
+    layout: KvLayout,
+    memory: Mutex<Memory>,
+}
+
+#[derive(Debug)]
+struct Memory {
+    backing: Backing,
+    /// What each granule lies over.
+    handles: Vec<Handle>,
+    scratch: Handle,
+}
+
+/// Memory of one granule.
+type Handle = Arc<Granule>;
+
+#[derive(Debug)]
+struct Granule(sys::CUmemGenericAllocationHandle);
+
+impl Drop for Granule {
+    fn drop(&mut self) {
+        // SAFETY: it was made, and is no longer mapped by the one who held it.
+        let _ = unsafe { sys::cuMemRelease(self.0).result() };
+    }
+}
+
+impl Arena {
+    /// Reserves addresses; at most `bytes` of memory will be behind them.
+    pub fn new(device: &Device, layout: KvLayout, bytes: usize) -> Result<Arena, DeviceError> {
+        device.bind()?;
+        let granule = granularity(device)?;
+        let backing = Backing::new(layout, granule, bytes / granule);
+        let granules = backing.granules();
+        let mut base = 0;
+        // SAFETY: the pointer is valid; the range is the driver's choice.
+        unsafe { sys::cuMemAddressReserve(&mut base, granules * granule, 0, 0, 0).result() }
+            .doing("reserving addresses")?;
+        let mut arena = Arena {
+            device: device.clone(),
+            base,
+            granule,
+            layout,
+            memory: Mutex::new(Memory { backing, handles: Vec::new(), scratch: make(device, granule)? }),
+        };
+        let memory = arena.memory.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // On an error the arena is dropped, which unmaps what is mapped.
+        for at in 0..granules {
+            // SAFETY: the granule is reserved, and nothing is mapped there.
+            unsafe { map(base, at, granule, &memory.scratch)? };
+            memory.handles.push(memory.scratch.clone());
+        }
+        arena.allow(0..granules)?;
+        Ok(arena)
+    }
+
+    /// How it is laid out.
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// Where it begins.
+    pub fn address(&self) -> u64 {
+        self.base
+    }
+
+    /// Bytes that have memory of their own.
+    pub fn backed_bytes(&self) -> usize {
+        self.memory().backing.backed() * self.granule
+    }
+
+    /// Backs the first `positions` of a slot. No work that uses the arena may be under way but on slots in use.
+    pub fn grow(&self, slot: u32, positions: u32) -> Result<(), GrowError> {
+        let mut memory = self.memory();
+        let full = |Full| GrowError::Full { mib: (memory.backing.backed() * self.granule) >> 20 };
+        let Some(plan) = memory.backing.plan(slot, positions).map_err(full)? else { return Ok(()) };
+        self.device.bind()?;
+        // First what may fail for want of memory: nothing is changed then.
+        let new = plan.change.backed.len() - plan.change.taken.len();
+        let mut free = (0..new).map(|_| make(&self.device, self.granule)).collect::<Result<Vec<_>, _>>()?;
+        for at in &plan.change.taken {
+            let scratch = memory.scratch.clone();
+            free.push(self.put(&mut memory, *at, scratch)?);
+        }
+        for at in &plan.change.backed {
+            let handle = free.pop().expect("as many were made and taken");
+            self.put(&mut memory, *at, handle)?;
+        }
+        memory.backing.done(plan);
+        Ok(())
+    }
+
+    /// A slot is no longer used.
+    pub fn release(&self, slot: u32) {
+        self.memory().backing.release(slot);
+    }
+
+    /// Lays a granule over other memory, and returns what it lay over.
+    fn put(&self, memory: &mut Memory, at: usize, handle: Handle) -> Result<Handle, DeviceError> {
+        let address = self.base + (at * self.granule) as u64;
+        // SAFETY: the granule is mapped, and the caller says that nothing uses it.
+        unsafe { sys::cuMemUnmap(address, self.granule).result() }.doing("unmapping memory")?;
+        // SAFETY: nothing is mapped there any more.
+        unsafe { map(self.base, at, self.granule, &handle)? };
+        self.allow(at..at + 1)?;
+        Ok(std::mem::replace(&mut memory.handles[at], handle))
+    }
+
+    /// Lets the GPU read and write granules.
+    fn allow(&self, granules: std::ops::Range<usize>) -> Result<(), DeviceError> {
+        let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        let access = sys::CUmemAccessDesc { location: self.device.location(), flags };
+        let (start, bytes) = (granules.start * self.granule, granules.len() * self.granule);
+        // SAFETY: the granules are mapped, and the description is valid.
+        unsafe { sys::cuMemSetAccess(self.base + start as u64, bytes, &access, 1).result() }
+            .doing("allowing access to memory")
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        let _ = self.device.synchronize();
+        let memory = self.memory.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let bytes = memory.backing.granules() * self.granule;
+        for at in 0..memory.handles.len() {
+            // SAFETY: it is mapped, and nothing is under way.
+            let _ = unsafe { sys::cuMemUnmap(self.base + (at * self.granule) as u64, self.granule).result() };
+        }
+        // SAFETY: nothing is mapped there any more.
+        let _ = unsafe { sys::cuMemAddressFree(self.base, bytes).result() };
+    }
+}
+
+fn properties(device: &Device) -> sys::CUmemAllocationProp {
+    sys::CUmemAllocationProp {
+        type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+        requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
+        location: device.location(),
+        win32HandleMetaData: std::ptr::null_mut(),
+        allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
+            compressionType: 0,
+            gpuDirectRDMACapable: 0,
+            usage: 0,
+            reserved: [0; 4],
+        },
+    }
+}
+
+fn granularity(device: &Device) -> Result<usize, DeviceError> {
+    let mut granule = 0;
+    let minimum = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
+    // SAFETY: pointers are valid for the call.
+    unsafe { sys::cuMemGetAllocationGranularity(&mut granule, &properties(device), minimum).result() }
+        .doing("asking for the size of granules")?;
+    Ok(granule)
+}
+
+fn make(device: &Device, granule: usize) -> Result<Handle, DeviceError> {
+    let mut handle = 0;
+    // SAFETY: pointers are valid for the call; what it makes is kept, and released once.
+    unsafe { sys::cuMemCreate(&mut handle, granule, &properties(device), 0).result() }
+        .doing("allocating KV")?;
+    Ok(Arc::new(Granule(handle)))
+}
+
+/// # Safety
+/// The granule is reserved, and nothing is mapped there.
+unsafe fn map(base: u64, at: usize, granule: usize, handle: &Handle) -> Result<(), DeviceError> {
+    let address = base + (at * granule) as u64;
+    // SAFETY: as the caller says; the handle is of one granule.
+    unsafe { sys::cuMemMap(address, granule, 0, handle.0, 0).result() }.doing("mapping memory")
+}
