@@ -11,7 +11,7 @@ mod memory;
 mod transfer;
 
 pub use arena::{Arena, GrowError};
-pub use compile::{CompileError, Compiler, SOURCES, Source};
+pub use compile::{CompileError, Compiler, SOURCES, Source, preload};
 pub use device::{Device, DeviceError, DeviceFacts, Mark, NoDevice, Stream};
 pub use memory::{DeviceBuffer, HostBuffer, PinnedRegion, Plain};
 pub use transfer::{Direction, HostSlot, Kernels, LoadError};

@@ -18,6 +18,8 @@ pub enum KvDtype {
     F16,
     /// bfloat16, 2 bytes.
     Bf16,
+    /// fp8 with 4 bits of exponent and 3 of mantissa (E4M3), 1 byte.
+    F8,
     /// 1 byte, with static scales.
     Int8,
 }
@@ -28,7 +30,7 @@ impl KvDtype {
         match self {
             KvDtype::F32 => 4,
             KvDtype::F16 | KvDtype::Bf16 => 2,
-            KvDtype::Int8 => 1,
+            KvDtype::F8 | KvDtype::Int8 => 1,
         }
     }
 }

@@ -175,7 +175,7 @@ async fn see_through(worker: &Arc<Worker>, delivery: &Delivery, log: &LogRef, sl
     };
     worker.unused(&slot).await;
     // Only then: a scratch write at the beginning would spoil what is being kept.
-    worker.runner.park(slot.index(), 0).await;
+    worker.runner.free(slot.index()).await;
     verdict
 }
 

@@ -5,7 +5,7 @@
 
 use crate::{
     engine::EngineError,
-    kv::{Sealed, Slot, read_kv},
+    kv::{ReadError, Sealed, Slot, read_kv},
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
@@ -23,7 +23,7 @@ use forebay_streams::{
     tasks::{Delivery, Verdict},
     writer::{LogWriter, WriteError},
 };
-use std::{sync::Arc, time::Duration};
+use std::{slice, sync::Arc, time::Duration};
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -102,6 +102,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, computin
             }
         }
         worker.unused(&slot).await;
+        worker.runner.free(slot.index()).await;
     }
 }
 
@@ -196,14 +197,19 @@ async fn prefix(worker: &Arc<Worker>, slot: &Arc<Slot>, state: &Lifecycle) -> u3
     if end <= known || end >= tokens {
         return known;
     }
-    worker.runner.park(slot.index(), tokens).await;
+    if !worker.runner.park(slot.index(), tokens).await {
+        return known;
+    }
     let (reader, into) = (worker.clone(), slot.clone());
     let read = off_thread(move || {
         let transport = reader.transport(&handle)?;
-        read_kv(&*transport, &[handle], reader.runner.kv(), &reader.runner.card().layout, into.index())
+        let layout = &reader.runner.card().layout;
+        into.spoil(0);
+        read_kv(&*transport, slice::from_ref(&handle), reader.runner.kv(), layout, into.index())?;
+        Ok::<_, ReadError>(reader.load(&into, handle.tokens)?)
     });
     match read.await {
-        Ok(_) => end,
+        Ok(()) => end,
         Err(error) => {
             tracing::info!(request = %state.request, %error, "what the decode worker has is computed again");
             // What was read may have gone over what was known.
@@ -223,7 +229,7 @@ struct Sealing<'a> {
 
 impl Sealing<'_> {
     /// Seals what the engine has filled and no longer touches, and says so.
-    async fn seal(&mut self, writer: &mut LogWriter, filled: u32) -> Result<(), WriteError> {
+    async fn seal(&mut self, writer: &mut LogWriter, filled: u32) -> Result<(), PrefillError> {
         if filled <= self.to {
             return Ok(());
         }
@@ -231,7 +237,7 @@ impl Sealing<'_> {
         let lease = self.lease.get_or_insert_with(|| worker.leases.seal(self.slot.index(), kv_lease));
         lease.renew(kv_lease);
         let tokens = TokenRange { start: self.to, count: filled - self.to };
-        let handle = worker.seal(self.slot, lease, tokens).await;
+        let handle = worker.seal(self.slot, lease, tokens).await?;
         writer.append(Body::KvReady(KvReady { handle })).await?;
         self.to = filled;
         Ok(())

@@ -6,6 +6,7 @@ use crate::{
 };
 use forebay_schemas::{
     cache::{BLOCK_TOKENS, BlockHash, block_hashes},
+    kv::TokenRange,
     lifecycle::Lifecycle,
 };
 use forebay_streams::environment::{self, off_thread};
@@ -21,11 +22,18 @@ impl Worker {
             return 0;
         }
         // Decode steps meanwhile write one position of this slot: not one that is being filled.
-        self.runner.park(slot.index(), tokens.len() as u32).await;
+        if !self.runner.park(slot.index(), tokens.len() as u32).await {
+            return 0;
+        }
         let (worker, slot) = (self.clone(), slot.clone());
         let load = move || {
             let begun = Instant::now();
+            slot.spoil(0);
             let tokens = worker.cache.load(&hashes, worker.slot_of(&slot));
+            if let Err(error) = worker.load(&slot, TokenRange { start: 0, count: tokens }) {
+                tracing::warn!(%error, "what the prefix cache has is computed again");
+                return 0;
+            }
             tracing::debug!(slot = slot.index(), tokens, took = ?begun.elapsed(), "loaded from the prefix cache");
             tokens
         };
@@ -43,6 +51,11 @@ impl Worker {
         let (worker, slot) = (self.clone(), slot.clone());
         off_thread(move || {
             let begun = Instant::now();
+            if let Err(error) =
+                worker.save(&slot, TokenRange { start: 0, count: hashes.len() as u32 * BLOCK_TOKENS })
+            {
+                return tracing::warn!(%error, "not stored in the prefix cache");
+            }
             worker.cache.store(&hashes, worker.slot_of(&slot));
             tracing::debug!(slot = slot.index(), blocks = hashes.len(), took = ?begun.elapsed(), "stored in the prefix cache");
         })

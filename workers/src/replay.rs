@@ -75,7 +75,8 @@ pub fn compare(
         let sampled = engine.prefill(SLOT, start, chunk, draw)?;
         start += chunk.len() as u32;
         if let Some(sampled) = sampled {
-            comparison.add(0, *first, drawn(engine, sampling, 0, sampled, start - 1)?, engine.row_logits(0));
+            let token = drawn(engine, sampling, 0, sampled, start - 1)?;
+            comparison.add(0, *first, token, engine.row_logits(0));
         }
     }
     let mut out = Vec::with_capacity(1);
@@ -91,7 +92,7 @@ pub fn compare(
 
 /// How the engine is asked to draw: greedily if it has logits, so that they are left as they are and the draw itself can
 /// be done here, with a copy of them.
-fn asked(engine: &dyn Engine, sampling: &Sampling) -> Sampling {
+fn asked(engine: &mut dyn Engine, sampling: &Sampling) -> Sampling {
     match engine.row_logits(0) {
         Some(_) => Sampling { temperature: 0.0, ..sampling.clone() },
         None => sampling.clone(),
@@ -100,7 +101,7 @@ fn asked(engine: &dyn Engine, sampling: &Sampling) -> Sampling {
 
 /// The token that a worker would have drawn.
 fn drawn(
-    engine: &dyn Engine,
+    engine: &mut dyn Engine,
     sampling: &Sampling,
     index: u32,
     sampled: Sampled,

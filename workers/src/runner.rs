@@ -5,15 +5,15 @@
 //! loop is a task, whose steps take virtual time.
 
 use crate::{
-    engine::{Draw, Engine, EngineCard, EngineError, Row, Sampled},
+    engine::{Draw, Engine, EngineCard, EngineError, KvMover, Row, Sampled, onnx::OpenError},
     scheduler::{Budget, Chunk, Scheduler, Sequence, Step},
 };
 use forebay_kernels::Region;
 use forebay_streams::environment;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -43,7 +43,8 @@ pub enum Output {
 enum Command {
     Add(Sequence, mpsc::Sender<Output>),
     Remove(u32, oneshot::Sender<Option<Sequence>>),
-    Park(u32, u32, oneshot::Sender<()>),
+    Park(u32, u32, oneshot::Sender<bool>),
+    Free(u32, oneshot::Sender<()>),
     Answer(oneshot::Sender<()>),
     Budget(Budget),
 }
@@ -54,7 +55,10 @@ pub struct Runner {
     commands: mpsc::Sender<Command>,
     card: Arc<EngineCard>,
     kv: Arc<Region>,
+    mover: Option<Arc<dyn KvMover>>,
     load: Arc<Load>,
+    /// Why the engine did not start.
+    failed: Arc<Mutex<Option<OpenError>>>,
 }
 
 /// What the engine has to do and to hold, as its last step left it.
@@ -62,6 +66,17 @@ pub struct Runner {
 struct Load {
     active_tokens: AtomicU32,
     prefill_tokens: AtomicU32,
+}
+
+/// Why an engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// It could not warm up.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It panicked.
+    #[error(transparent)]
+    Stopped(#[from] EngineStopped),
 }
 
 /// The engine's thread is gone: the engine panicked, and the worker must end.
@@ -73,25 +88,43 @@ impl Runner {
     /// Starts the thread.
     pub fn start(engine: Box<dyn Engine>, budget: Budget) -> Runner {
         let card = Arc::new(engine.card().clone());
-        let kv = engine.kv().clone();
+        let (kv, mover) = (engine.kv().clone(), engine.mover());
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let scheduler = Scheduler::new(card.layout.slots, budget);
         let load = Arc::<Load>::default();
-        let engine = EngineLoop {
+        let mut engine = EngineLoop {
             engine,
             scheduler,
             outputs: BTreeMap::new(),
             inbox,
             drawn: Vec::new(),
+            starving: BTreeSet::new(),
             load: load.clone(),
         };
+        let failed = Arc::<Mutex<Option<OpenError>>>::default();
+        let why = failed.clone();
         if environment::is_simulated() {
             environment::spawn(engine.simulate());
         } else {
             let thread = std::thread::Builder::new().name("engine".into());
-            thread.spawn(move || engine.run()).expect("a thread can be started");
+            let run = move || match engine.engine.warm_up() {
+                Ok(()) => engine.run(),
+                Err(error) => *why.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+            };
+            thread.spawn(run).expect("a thread can be started");
         }
-        Runner { commands, card, kv, load }
+        Runner { commands, card, kv, mover, load, failed }
+    }
+
+    /// Resolves once the engine is ready for its first step.
+    pub async fn started(&self) -> Result<(), StartError> {
+        self.answers().await;
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match failed {
+            Some(error) => Err(error.into()),
+            None if self.commands.is_closed() => Err(EngineStopped.into()),
+            None => Ok(()),
+        }
     }
 
     /// Facts about the model.
@@ -102,6 +135,11 @@ impl Runner {
     /// The KV region.
     pub fn kv(&self) -> &Arc<Region> {
         &self.kv
+    }
+
+    /// What copies KV between the region and where the engine computes, if these are two.
+    pub fn mover(&self) -> Option<&Arc<dyn KvMover>> {
+        self.mover.as_ref()
     }
 
     /// Tokens whose KV the running sequences hold.
@@ -148,10 +186,19 @@ impl Runner {
     }
 
     /// Tells where scratch writes to an unused slot may go: see [`Scheduler::park`]. When this returns, no step that
-    /// runs or follows writes where they went before.
-    pub async fn park(&self, slot: u32, positions: u32) {
+    /// runs or follows writes where they went before. Returns whether there is memory for the positions before.
+    pub async fn park(&self, slot: u32, positions: u32) -> bool {
         let (done, wait) = oneshot::channel();
-        if self.commands.send(Command::Park(slot, positions, done)).await.is_ok() {
+        if self.commands.send(Command::Park(slot, positions, done)).await.is_err() {
+            return false;
+        }
+        wait.await.unwrap_or(false)
+    }
+
+    /// Nobody needs the KV of an unused slot any more.
+    pub async fn free(&self, slot: u32) {
+        let (done, wait) = oneshot::channel();
+        if self.commands.send(Command::Free(slot, done)).await.is_ok() {
             let _ = wait.await;
         }
     }
@@ -172,6 +219,8 @@ struct EngineLoop {
     outputs: BTreeMap<u32, mpsc::Sender<Output>>,
     inbox: mpsc::Receiver<Command>,
     drawn: Vec<Sampled>,
+    /// Slots whose sequences wait for memory.
+    starving: BTreeSet<u32>,
     load: Arc<Load>,
 }
 
@@ -220,7 +269,8 @@ impl EngineLoop {
         }
         self.load.active_tokens.store(self.scheduler.tokens(), Ordering::Relaxed);
         self.load.prefill_tokens.store(self.scheduler.prompt_tokens(), Ordering::Relaxed);
-        let can_take = |slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1);
+        let is_read = |slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1);
+        let can_take = |slot| !self.starving.contains(&slot) && is_read(slot);
         let step = self.scheduler.plan(can_take);
         if step != Step::default() {
             return Turn::Step(step);
@@ -247,12 +297,47 @@ impl EngineLoop {
             // Commands are obeyed between steps: whoever waits knows that the next step goes by it.
             Command::Park(slot, positions, done) => {
                 self.scheduler.park(slot, positions);
+                let _ = done.send(self.engine.reserve(slot, positions).is_ok());
+            }
+            Command::Free(slot, done) => {
+                self.scheduler.park(slot, 0);
+                self.release(slot);
                 let _ = done.send(());
             }
         }
     }
 
+    fn release(&mut self, slot: u32) {
+        self.engine.release(slot);
+        self.starving.clear();
+    }
+
+    /// Has memory for the first positions of a sequence's slot. If there is none, sequences give theirs back, those that came
+    /// last first, and are run again from their beginning when there is; if that is this one itself, it waits.
+    fn make_room(&mut self, slot: u32, positions: u32) -> bool {
+        loop {
+            match self.engine.reserve(slot, positions) {
+                Ok(()) => return true,
+                Err(EngineError::KvFull { .. }) => {}
+                Err(error) => {
+                    self.fail(slot, error);
+                    return false;
+                }
+            }
+            // Sequences in front of their first token hold nothing.
+            let last = self.scheduler.latest(slot);
+            tracing::info!(slot, preempted = last, "no memory for more KV");
+            self.scheduler.preempt(last);
+            self.release(last);
+            self.starving.insert(last);
+            if last == slot {
+                return false;
+            }
+        }
+    }
+
     fn leave(&mut self, slot: u32) -> Option<Sequence> {
+        self.starving.remove(&slot);
         self.outputs.remove(&slot);
         self.scheduler.remove(slot)
     }
@@ -265,13 +350,19 @@ impl EngineLoop {
     }
 
     fn run_chunk(&mut self, chunk: &Chunk) {
+        let end = chunk.start + chunk.count;
+        // A sequence that was preempted begins anew in another step.
+        let is_there = |of: &Scheduler| of.sequence(chunk.slot).is_some_and(|now| now.filled == chunk.start);
+        if !is_there(&self.scheduler) || !self.make_room(chunk.slot, end) {
+            return;
+        }
         let Some(sequence) = self.scheduler.sequence(chunk.slot) else { return };
-        let tokens = &sequence.tokens[chunk.start as usize..(chunk.start + chunk.count) as usize];
+        let tokens = &sequence.tokens[chunk.start as usize..end as usize];
         let draw = chunk.last.then_some(Draw { sampling: &sequence.sampling, index: sequence.next_index });
         match self.engine.prefill(chunk.slot, chunk.start, tokens, draw) {
             Ok(sampled) => {
                 self.scheduler.filled(chunk);
-                self.send(chunk.slot, Output::Filled(chunk.start + chunk.count));
+                self.send(chunk.slot, Output::Filled(end));
                 if let Some(sampled) = sampled {
                     self.hand_out(chunk.slot, sampled);
                 }
@@ -281,7 +372,13 @@ impl EngineLoop {
     }
 
     fn run_rows(&mut self, slots: &[u32]) {
+        for slot in slots {
+            if let Some(position) = self.scheduler.decodes(*slot) {
+                self.make_room(*slot, position + 1);
+            }
+        }
         let row = |slot: &u32| {
+            self.scheduler.decodes(*slot)?;
             let sequence = self.scheduler.sequence(*slot)?;
             Some(Row {
                 slot: *slot,
@@ -349,6 +446,7 @@ fn slot_of(error: &EngineError) -> Option<u32> {
         EngineError::ContextFull { slot, .. }
         | EngineError::UnknownToken { slot, .. }
         | EngineError::NotFinite { slot, .. }
+        | EngineError::KvFull { slot }
         | EngineError::DamagedKv { slot, .. } => Some(*slot),
         EngineError::Runtime(_) => None,
     }

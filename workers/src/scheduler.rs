@@ -87,6 +87,8 @@ pub struct Scheduler {
     sequences: BTreeMap<u32, Sequence>,
     /// Slots whose prompts are not done, oldest first.
     prompts: VecDeque<u32>,
+    /// All slots with a sequence, oldest first.
+    arrivals: Vec<u32>,
     /// For every slot, where a scratch write does no harm.
     parked: Vec<u32>,
 }
@@ -98,6 +100,7 @@ impl Scheduler {
             budget,
             sequences: BTreeMap::new(),
             prompts: VecDeque::new(),
+            arrivals: Vec::new(),
             parked: vec![0; slots as usize],
         }
     }
@@ -129,13 +132,40 @@ impl Scheduler {
         if sequence.is_prefilling() {
             self.prompts.push_back(slot);
         }
+        self.arrivals.retain(|other| *other != slot);
+        self.arrivals.push(slot);
         self.sequences.insert(slot, sequence);
     }
 
     /// A sequence leaves. Its slot's KV stays as it is; `park` says where a scratch write may go from now on.
     pub fn remove(&mut self, slot: u32) -> Option<Sequence> {
         self.prompts.retain(|waiting| *waiting != slot);
+        self.arrivals.retain(|other| *other != slot);
         self.sequences.remove(&slot)
+    }
+
+    /// Of the sequences that hold KV, and the one in `slot`, the one that came last.
+    pub fn latest(&self, slot: u32) -> u32 {
+        let holds = |of: &&u32| **of == slot || self.sequences[*of].filled > 0;
+        self.arrivals.iter().rfind(holds).copied().unwrap_or(slot)
+    }
+
+    /// A sequence has lost its KV: it is run from its beginning, before prompts that came later.
+    pub fn preempt(&mut self, slot: u32) {
+        let Some(sequence) = self.sequences.get_mut(&slot) else { return };
+        sequence.filled = 0;
+        self.parked[slot as usize] = 0;
+        if !self.prompts.contains(&slot) {
+            let age = |slot: &u32| self.arrivals.iter().position(|other| other == slot);
+            let place = self.prompts.iter().position(|other| age(other) > age(&slot));
+            self.prompts.insert(place.unwrap_or(self.prompts.len()), slot);
+        }
+    }
+
+    /// Where a sequence's next token goes, if it decodes: its prompt is done.
+    pub fn decodes(&self, slot: u32) -> Option<u32> {
+        let sequence = self.sequences.get(&slot).filter(|_| !self.prompts.contains(&slot))?;
+        Some(sequence.filled)
     }
 
     /// A slot that runs nothing here holds, or is about to be filled with, that many positions.
@@ -233,6 +263,24 @@ mod tests {
 
     fn chunk(slot: u32, start: u32, count: u32, last: bool) -> Chunk {
         Chunk { slot, start, count, last }
+    }
+
+    #[test]
+    fn the_latest_is_preempted_and_runs_again_before_later_prompts() {
+        let mut scheduler = scheduler(4);
+        scheduler.add(sequence(3, 5, 4, 3));
+        scheduler.add(sequence(1, 9, 8, 3));
+        scheduler.add(sequence(0, 20, 0, 3));
+        assert_eq!(
+            (scheduler.latest(3), scheduler.latest(0)),
+            (1, 0),
+            "one that holds nothing gives nothing"
+        );
+        scheduler.preempt(1);
+        assert_eq!((scheduler.decodes(1), scheduler.decodes(3), scheduler.parked()[1]), (None, Some(4), 0));
+        let step = scheduler.plan(|_| true);
+        assert_eq!(step, Step { chunks: vec![chunk(1, 0, 5, false)], rows: vec![3] });
+        assert_eq!(scheduler.latest(3), 3, "a sequence that was preempted holds nothing");
     }
 
     #[test]

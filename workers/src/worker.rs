@@ -20,7 +20,7 @@ use crate::{
         tcp::{TcpListen, TcpOwner},
     },
     prefill,
-    runner::{EngineStopped, Runner},
+    runner::{EngineStopped, Runner, StartError},
     scheduler::Budget,
 };
 use forebay_kernels::Region;
@@ -126,6 +126,9 @@ pub enum WorkerError {
     /// NIXL was asked for, and can't be used.
     #[error("{0}; any other --kv-transport works without it")]
     Nixl(#[from] NixlError),
+    /// The engine could not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
     /// The engine panicked. What ran here goes on elsewhere.
     #[error(transparent)]
     Engine(#[from] EngineStopped),
@@ -182,6 +185,7 @@ pub async fn run(
     let EngineCard { layout, layout_hash, .. } = *engine.card();
     let budget = Budget { chunk_tokens: config.chunk_tokens, step_tokens: config.step_tokens };
     let runner = Runner::start(engine, budget);
+    runner.started().await?;
     let leases = Leases::create(layout.slots)?;
     let cache = BlockCache::new(&layout, config.cache_bytes)?;
     let kv = (runner.kv().clone(), layout, layout_hash);

@@ -59,7 +59,7 @@ impl Drop for Granule {
 }
 
 impl Arena {
-    /// Reserves addresses; at most `bytes` of memory will be behind them.
+    /// Reserves addresses; at most `bytes` of memory will be behind them, until [`Arena::limit`] says otherwise.
     pub fn new(device: &Device, layout: KvLayout, bytes: usize) -> Result<Arena, DeviceError> {
         device.bind()?;
         let granule = granularity(device)?;
@@ -100,6 +100,16 @@ impl Arena {
     /// Bytes that have memory of their own.
     pub fn backed_bytes(&self) -> usize {
         self.memory().backing.backed() * self.granule
+    }
+
+    /// At most so much memory will be behind the addresses.
+    pub fn limit(&self, bytes: usize) {
+        self.memory().backing.limit(bytes / self.granule);
+    }
+
+    /// Bytes that a slot with so many positions takes, if it is the only one.
+    pub fn bytes_of(&self, positions: u32) -> usize {
+        self.memory().backing.granules_of(positions) * self.granule
     }
 
     /// Backs the first `positions` of a slot. No work that uses the arena may be under way but on slots in use.

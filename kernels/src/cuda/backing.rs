@@ -58,6 +58,16 @@ impl Backing {
         self.users.len()
     }
 
+    /// At most `most` granules have memory from now on; those that have it keep it.
+    pub(super) fn limit(&mut self, most: usize) {
+        self.most = most;
+    }
+
+    /// Granules that a slot with so many positions touches.
+    pub(super) fn granules_of(&self, positions: u32) -> usize {
+        self.touched(0, positions).len()
+    }
+
     /// What must be done before the first `positions` of a slot may be used, if anything.
     pub(super) fn plan(&self, slot: u32, positions: u32) -> Result<Option<Plan>, Full> {
         let before = self.positions[slot as usize];

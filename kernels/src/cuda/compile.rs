@@ -147,6 +147,15 @@ fn load(path: PathBuf) -> Result<(), CompileError> {
     Ok(())
 }
 
+/// Loads one of NVIDIA's libraries for those that look for it later by its name: from a folder, if it is there, or from where the
+/// system's loader looks. Says why it can't be had.
+pub fn preload(folder: Option<&Path>, name: &str) -> Result<(), String> {
+    let path = folder.map(|folder| folder.join(name)).filter(|path| path.is_file());
+    load(path.unwrap_or_else(|| PathBuf::from(name))).map_err(|error| match error {
+        CompileError::NotFound { cause, .. } | CompileError::Failed { log: cause, .. } => cause,
+    })
+}
+
 /// Destroyed when dropped.
 struct Program(sys::nvrtcProgram);
 

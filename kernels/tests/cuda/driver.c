@@ -15,7 +15,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NOT_READY = 600, ALREADY_PINNED = 712, NOT_PINNED = 713 };
-enum { GRANULE = 64 << 10, THREADS_SHOWN = 8 };
+enum { GRANULE = 4 << 10, THREADS_SHOWN = 8 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 #define LOCKED(...)                                                                                                    \

@@ -7,6 +7,7 @@ use super::{
     release,
 };
 use crate::{
+    engine::EngineError,
     kv::{ReadError, Sealed, Slot, read_kv},
     output::OutputText,
     runner::{EngineStopped, Output},
@@ -17,6 +18,7 @@ use forebay_schemas::{
     event::{
         Body, Claimed, EngineRef, FinishReason, KvLost, KvTransferred, RequestCompleted, TokensGenerated,
     },
+    kv::TokenRange,
     lifecycle::{Lifecycle, Phase},
 };
 use forebay_streams::{environment::off_thread, log::LogRef, tasks::Delivery, writer::LogWriter};
@@ -161,13 +163,17 @@ impl Attempt<'_> {
     async fn read(&self, state: &Lifecycle) -> Result<KvTransferred, ReadError> {
         let tokens = state.kv.last().map_or(0, |handle| handle.tokens.end());
         // Decode steps meanwhile write one position of this slot: not one that is being filled.
-        self.worker.runner.park(self.slot.index(), tokens).await;
+        if !self.worker.runner.park(self.slot.index(), tokens).await {
+            return Err(EngineError::KvFull { slot: self.slot.index() }.into());
+        }
         let (worker, slot, handles) = (self.worker.clone(), self.slot.clone(), state.kv.clone());
         // The copy can't be interrupted: it holds the slot until it is done, whatever becomes of the request.
         let read = move || {
             let transport = worker.transport(&handles[0])?;
             let layout = &worker.runner.card().layout;
+            slot.spoil(0);
             let report = read_kv(&*transport, &handles, worker.runner.kv(), layout, slot.index())?;
+            worker.load(&slot, TokenRange { start: 0, count: report.tokens })?;
             Ok(KvTransferred {
                 bytes: report.bytes,
                 tokens: report.tokens,

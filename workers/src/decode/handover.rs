@@ -132,8 +132,8 @@ impl Attempt<'_> {
             Leave::Successor if filled > 0 => {
                 worker.runner.park(self.slot.index(), filled).await;
                 let sealed = worker.leases.seal(self.slot.index(), worker.config.kv_lease);
-                let handle = worker.seal(self.slot, &sealed, TokenRange { start: 0, count: filled }).await;
-                (Some(handle), Some(sealed))
+                let tokens = TokenRange { start: 0, count: filled };
+                worker.seal(self.slot, &sealed, tokens).await.ok().map(|handle| (handle, sealed)).unzip()
             }
             _ => (None, None),
         };

@@ -7,6 +7,7 @@ use super::{
     release,
 };
 use crate::{
+    engine::EngineError,
     kv::{KvRead, ReadError, Sealed, Slot, Transport},
     output::OutputText,
     worker::Worker,
@@ -71,7 +72,10 @@ impl Attempt<'_> {
             return self.lost(writer, output, error.to_string(), cached, cached).await;
         }
         // Decode steps meanwhile write one position of this slot: not one that is being filled.
-        worker.runner.park(self.slot.index(), tokens).await;
+        if !worker.runner.park(self.slot.index(), tokens).await {
+            let reason = EngineError::KvFull { slot: self.slot.index() }.to_string();
+            return self.lost(writer, output, reason, cached, cached).await;
+        }
         match self.await_prefill(writer, output, follow, &mut reading).await? {
             Waited::Done(transferred) => {
                 writer.append(Body::KvTransferred(transferred)).await?;
@@ -96,7 +100,8 @@ impl Attempt<'_> {
             return None;
         }
         let sealed = self.worker.leases.seal(self.slot.index(), self.worker.config.kv_lease);
-        let handle = self.worker.seal(self.slot, &sealed, TokenRange { start: 0, count: cached }).await;
+        let handle =
+            self.worker.seal(self.slot, &sealed, TokenRange { start: 0, count: cached }).await.ok()?;
         Some((sealed, handle))
     }
 
@@ -215,7 +220,9 @@ impl Reading {
                 None => KvRead::begin(worker.transport(&handle)?, &handle)?,
             };
             let layout = &worker.runner.card().layout;
+            slot.spoil(handle.tokens.start);
             read.piece(&handle, worker.runner.kv(), layout, slot.index())?;
+            worker.load(&slot, handle.tokens)?;
             Ok(read)
         });
         self.state = State::Busy(end, job.boxed());

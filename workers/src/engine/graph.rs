@@ -1,20 +1,22 @@
 //! Builds the ONNX graph of a Qwen3 model in memory, over the checkpoint's weights.
 //!
 //! Inputs: `input_ids` `[batch, tokens]` i64; `seqlens_k` `[batch]` i32, tokens in each slot after the step less
-//! one; `total_len` `[1]` i32, the largest of them plus one; `last` `[rows, 2]` i64, (batch, token) of the rows
-//! whose logits are wanted; `past.<layer>.<k|v>` `[batch, kv_heads, positions, head_dim]`.
+//! one; `total_len` `[1]` i32, the largest of them plus one, or any larger number of positions; `last` `[rows]` i64, which of
+//! the batch's tokens, counted through, have their logits wanted; `past.<layer>.<k|v>`
+//! `[batch, kv_heads, positions, head_dim]`.
 //! Outputs: `logits` `[rows, vocab]` fp32; `present.<layer>.<k|v>`, to be bound to the memory of the past.
 //!
-//! A layer is nine nodes: norm → QKV → `fused` head norms → attention (RoPE inside) → output projection, norm →
+//! A layer on the CPU is nine nodes: norm → QKV → `fused` head norms → attention (RoPE inside) → output projection, norm →
 //! gate and up → `fused` SwiGLU → down. The norms add the residual. In the last layer only the wanted rows go
-//! past the attention.
+//! past the attention. A GPU has no operators of ours: [`Form`] says what takes their place.
 
 use super::{
     binding::{self, MappedType},
-    checkpoint::{Checkpoint, Dtype, ModelConfig, WeightTensor},
+    checkpoint::{Checkpoint, Dtype, Elements, ModelConfig, WeightTensor, stack, tensors_of},
     fused::{self, QkNorm},
     quantize::{Scheme, quantize},
 };
+use forebay_schemas::kv::KvDtype;
 use ort::{
     editor::{Graph, Model, Node, ONNX_DOMAIN, Opset},
     operator::Attribute,
@@ -23,9 +25,9 @@ use ort::{
 };
 use std::fmt;
 
-/// How weights are held and multiplied. Activations and KV are fp32.
+/// How weights are held and multiplied.
 ///
-/// A decoded batch equals each of its rows alone bit for bit in fp32 and in blocks of 16 and 32; in longer blocks one
+/// On a CPU, a decoded batch equals each of its rows alone bit for bit in fp32 and in blocks of 16 and 32; in longer blocks one
 /// row and several are summed in unlike orders (logits differ by some 1e-6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
@@ -41,6 +43,10 @@ pub enum Precision {
     },
     /// As in the checkpoint, in fp32.
     F32,
+    /// As in the checkpoint, in fp16: on a GPU.
+    F16,
+    /// As in the checkpoint, in bf16: on a GPU.
+    Bf16,
 }
 
 impl Default for Precision {
@@ -55,6 +61,8 @@ impl fmt::Display for Precision {
             Precision::Int4 { block } => write!(f, "int4 in blocks of {block}"),
             Precision::Int8 { block } => write!(f, "int8 in blocks of {block}"),
             Precision::F32 => f.write_str("fp32"),
+            Precision::F16 => f.write_str("fp16"),
+            Precision::Bf16 => f.write_str("bf16"),
         }
     }
 }
@@ -64,8 +72,39 @@ impl Precision {
         match self {
             Precision::Int4 { block } => Some(Scheme { bits: 4, block }),
             Precision::Int8 { block } => Some(Scheme { bits: 8, block }),
-            Precision::F32 => None,
+            Precision::F32 | Precision::F16 | Precision::Bf16 => None,
         }
+    }
+}
+
+/// What a graph is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Form {
+    /// Weights.
+    pub(super) precision: Precision,
+    /// What is computed with.
+    pub(super) activations: Dtype,
+    /// Keys and values.
+    pub(super) kv: KvDtype,
+    /// Where the query and key heads are normalized, and whose operators there are.
+    pub(super) norms: Norms,
+}
+
+/// Where the query and key heads are normalized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Norms {
+    /// By our operator, on a CPU; SwiGLU is ours too.
+    Ours,
+    /// Within the attention, on a GPU.
+    Attention,
+    /// By nodes of their own: attention over quantized KV is faster so.
+    Nodes,
+}
+
+impl Form {
+    /// For a CPU.
+    pub(super) fn cpu(precision: Precision) -> Form {
+        Form { precision, activations: Dtype::F32, kv: KvDtype::F32, norms: Norms::Ours }
     }
 }
 
@@ -84,12 +123,16 @@ pub(super) fn with_operators(options: SessionBuilder, config: &ModelConfig) -> o
 /// The model of a checkpoint, for slots of `positions` positions. Quantizes on `threads` threads.
 pub(super) fn build(
     checkpoint: &Checkpoint,
-    precision: Precision,
+    form: Form,
     positions: usize,
     threads: usize,
 ) -> ort::Result<Model> {
-    let mut builder = Builder { graph: Graph::new()?, checkpoint, precision, threads, nodes: 0 };
+    let mut builder = Builder { graph: Graph::new()?, checkpoint, form, threads, nodes: 0 };
     builder.declare()?;
+    if form.kv == KvDtype::F8 {
+        // Keys and values as they are: normalized keys are far from the largest number, 448, and so are values.
+        binding::add_owned(&mut builder.graph, "kv.scale", vec![1.0f32], &[1])?;
+    }
     builder.rope_tables(positions)?;
     builder.embedding()?;
     for layer in 0..checkpoint.config().layers {
@@ -102,10 +145,32 @@ pub(super) fn build(
     Ok(model)
 }
 
+/// Bytes that a checkpoint's weights take in memory.
+pub(super) fn weight_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
+    let tensors = tensors_of(checkpoint.config());
+    let bytes = |(name, shape): &(String, Vec<usize>)| {
+        let elements: usize = shape.iter().product();
+        let stored = checkpoint.tensor(name).dtype().bytes();
+        let whole = match precision {
+            Precision::F32 => 4 * elements,
+            _ => 2 * elements,
+        };
+        let packed = match precision.scheme() {
+            // Codes, and a scale of two bytes for each block.
+            Some(scheme) => elements * scheme.bits / 8 + elements / scheme.block * 2,
+            None => whole,
+        };
+        let is_table = name == "model.embed_tokens.weight";
+        (if is_table { elements * stored } else { packed })
+            + if is_table && checkpoint.config().tied && precision.scheme().is_some() { packed } else { 0 }
+    };
+    tensors.iter().map(bytes).sum::<usize>() as u64
+}
+
 struct Builder<'a> {
     graph: Graph,
     checkpoint: &'a Checkpoint,
-    precision: Precision,
+    form: Form,
     threads: usize,
     nodes: usize,
 }
@@ -115,16 +180,23 @@ impl Builder<'_> {
         use TensorElementType::{Float32, Int32, Int64};
         let config = self.checkpoint.config();
         let kv_shape = [-1, config.kv_heads as i64, -1, config.head_dim as i64];
+        let element = match self.form.kv {
+            KvDtype::F32 => Float32,
+            KvDtype::F16 => TensorElementType::Float16,
+            KvDtype::Bf16 => TensorElementType::Bfloat16,
+            KvDtype::F8 => TensorElementType::Float8E4M3FN,
+            KvDtype::Int8 => TensorElementType::Int8,
+        };
         let kv = |what: &str| -> Vec<Outlet> {
             let names =
                 (0..config.layers).flat_map(|layer| ["k", "v"].map(|kv| format!("{what}.{layer}.{kv}")));
-            names.map(|name| outlet(&name, Float32, &kv_shape)).collect()
+            names.map(|name| outlet(&name, element, &kv_shape)).collect()
         };
         let mut inputs = vec![
             outlet("input_ids", Int64, &[-1, -1]),
             outlet("seqlens_k", Int32, &[-1]),
             outlet("total_len", Int32, &[1]),
-            outlet("last", Int64, &[-1, 2]),
+            outlet("last", Int64, &[-1]),
         ];
         inputs.extend(kv("past"));
         self.graph.set_inputs(inputs)?;
@@ -145,8 +217,8 @@ impl Builder<'_> {
             (0..positions).flat_map(|p| frequencies.iter().map(move |f| of(p as f32 * f))).collect()
         };
         let shape = [positions as i64, half as i64];
-        binding::add_owned(&mut self.graph, "rope.cos", angles(f32::cos), &shape)?;
-        binding::add_owned(&mut self.graph, "rope.sin", angles(f32::sin), &shape)
+        self.constant("rope.cos", angles(f32::cos), &shape)?;
+        self.constant("rope.sin", angles(f32::sin), &shape)
     }
 
     /// Looks tokens up in the checkpoint's own table, mapped and not quantized: of a large vocabulary a server
@@ -154,11 +226,21 @@ impl Builder<'_> {
     fn embedding(&mut self) -> ort::Result<()> {
         let table = self.checkpoint.tensor("model.embed_tokens.weight");
         self.mapped("embed", table)?;
-        if table.dtype() == Dtype::F32 {
+        if table.dtype() == self.form.activations {
             return self.node(ONNX_DOMAIN, "Gather", &["embed", "input_ids"], &["x"], vec![]);
         }
         self.node(ONNX_DOMAIN, "Gather", &["embed", "input_ids"], &["x.stored"], vec![])?;
-        self.node(ONNX_DOMAIN, "Cast", &["x.stored"], &["x"], vec![int("to", 1)?])
+        self.cast("x.stored", self.form.activations, "x")
+    }
+
+    fn cast(&mut self, x: &str, to: Dtype, y: &str) -> ort::Result<()> {
+        // The numbers of ONNX's TensorProto.DataType.
+        let number = match to {
+            Dtype::F32 => 1,
+            Dtype::F16 => 10,
+            Dtype::Bf16 => 16,
+        };
+        self.node(ONNX_DOMAIN, "Cast", &[x], &[y], vec![int("to", number)?])
     }
 
     fn layer(&mut self, layer: usize) -> ort::Result<()> {
@@ -183,17 +265,42 @@ impl Builder<'_> {
         let (mut attended, mut residual) = (at("attended"), residual);
         if is_last {
             for name in [&mut attended, &mut residual] {
-                let wanted = format!("{name}.wanted");
-                self.node(ONNX_DOMAIN, "GatherND", &[name, "last"], &[&wanted], vec![])?;
-                *name = wanted;
+                *name = self.wanted(name)?;
             }
         }
         self.linear(&attended, &[weights("self_attn.o_proj")], &at("projected"))?;
         let norm = weights("post_attention_layernorm");
         self.add_norm(&norm, [&residual, &at("projected")], [&at("residual"), &at("normed2")])?;
         self.linear(&at("normed2"), &["mlp.gate_proj", "mlp.up_proj"].map(weights), &at("gate_up"))?;
-        self.node(fused::DOMAIN, "SwiGlu", &[&at("gate_up")], &[&at("activated")], vec![])?;
+        self.swiglu(&at("gate_up"), &at("activated"))?;
         self.linear(&at("activated"), &[weights("mlp.down_proj")], &at("mlp"))
+    }
+
+    /// The rows of `[batch, tokens, width]` whose logits are wanted: `[rows, width]`.
+    fn wanted(&mut self, x: &str) -> ort::Result<String> {
+        let (rows, wanted) = (format!("{x}.rows"), format!("{x}.wanted"));
+        let width = if x.ends_with("attended") {
+            self.checkpoint.config().q_width()
+        } else {
+            self.checkpoint.config().hidden
+        };
+        self.reshape(x, &[-1, width as i64], &rows)?;
+        self.node(ONNX_DOMAIN, "Gather", &[&rows, "last"], &[&wanted], vec![])?;
+        Ok(wanted)
+    }
+
+    /// silu(gate) · up.
+    fn swiglu(&mut self, gate_up: &str, y: &str) -> ort::Result<()> {
+        if self.form.norms == Norms::Ours {
+            return self.node(fused::DOMAIN, "SwiGlu", &[gate_up], &[y], vec![]);
+        }
+        let [gate, up, activated] = ["gate", "up", "gate.silu"].map(|what| format!("{gate_up}.{what}"));
+        let halves = vec![int("axis", -1)?, int("num_outputs", 2)?];
+        self.node(ONNX_DOMAIN, "Split", &[gate_up], &[&gate, &up], halves)?;
+        // x · sigmoid(alpha · x).
+        let alpha = vec![Attribute::new("alpha", 1.0f32)?];
+        self.node(MICROSOFT, "QuickGelu", &[&gate], &[&activated], alpha)?;
+        self.node(ONNX_DOMAIN, "Mul", &[&activated, &up], &[y], vec![])
     }
 
     fn attention(&mut self, layer: usize) -> ort::Result<()> {
@@ -201,25 +308,84 @@ impl Builder<'_> {
         let at = |what: &str| format!("{layer}.{what}");
         let weights = |what: &str| format!("model.layers.{layer}.self_attn.{what}.weight");
         let (q_norm, k_norm) = (self.vector(&weights("q_norm"))?, self.vector(&weights("k_norm"))?);
-        self.node(fused::DOMAIN, "QkNorm", &[&at("qkv"), &q_norm, &k_norm], &[&at("qkv_normed")], vec![])?;
-        let [past_k, past_v] = ["k", "v"].map(|kv| format!("past.{layer}.{kv}"));
-        let [present_k, present_v] = ["k", "v"].map(|kv| format!("present.{layer}.{kv}"));
-        // An empty second and third input say that the first is packed.
-        let inputs =
-            [&at("qkv_normed"), "", "", &past_k, &past_v, "seqlens_k", "total_len", "rope.cos", "rope.sin"];
-        let attributes = vec![
+        let mut attributes = vec![
             int("num_heads", config.heads)?,
             int("kv_num_heads", config.kv_heads)?,
             int("do_rotary", 1)?,
             Attribute::new("scale", 1.0 / (config.head_dim as f32).sqrt())?,
         ];
-        self.node(
-            MICROSOFT,
-            "GroupQueryAttention",
-            &inputs,
-            &[&at("attended"), &present_k, &present_v],
-            attributes,
-        )
+        // An empty second and third input say that the first is packed.
+        let packed = |name: String| [name, String::new(), String::new()];
+        let qkv = match self.form.norms {
+            Norms::Ours => {
+                self.node(
+                    fused::DOMAIN,
+                    "QkNorm",
+                    &[&at("qkv"), &q_norm, &k_norm],
+                    &[&at("qkv_normed")],
+                    vec![],
+                )?;
+                packed(at("qkv_normed"))
+            }
+            Norms::Attention => packed(at("qkv")),
+            Norms::Nodes => self.split_and_normalize(layer, [&q_norm, &k_norm])?,
+        };
+        let [past_k, past_v] = ["k", "v"].map(|kv| format!("past.{layer}.{kv}"));
+        let [present_k, present_v] = ["k", "v"].map(|kv| format!("present.{layer}.{kv}"));
+        let mut inputs: Vec<&str> = qkv.iter().map(String::as_str).collect();
+        inputs.extend([&past_k[..], &past_v, "seqlens_k", "total_len", "rope.cos", "rope.sin"]);
+        // Positions, bias and sink: none.
+        inputs.extend(["", "", ""]);
+        if self.form.kv == KvDtype::F8 {
+            inputs.extend(["kv.scale", "kv.scale"]);
+            attributes.push(int("kv_cache_bit_width", 8)?);
+            attributes.push(Attribute::new("k_quant_type", "PER_TENSOR".to_owned())?);
+            attributes.push(Attribute::new("v_quant_type", "PER_TENSOR".to_owned())?);
+        }
+        if self.form.norms == Norms::Attention {
+            inputs.extend(["", "", &q_norm, &k_norm]);
+            attributes.push(Attribute::new("qk_norm_epsilon", config.norm_epsilon)?);
+        }
+        while inputs.last() == Some(&"") {
+            inputs.pop();
+        }
+        let outputs = [&at("attended")[..], &present_k, &present_v];
+        self.node(MICROSOFT, "GroupQueryAttention", &inputs, &outputs, attributes)
+    }
+
+    /// Queries and keys, each head normalized, and values: three tensors `[batch, tokens, heads · head_dim]`.
+    fn split_and_normalize(&mut self, layer: usize, norms: [&str; 2]) -> ort::Result<[String; 3]> {
+        let config = self.checkpoint.config();
+        let at = |what: &str| format!("{layer}.{what}");
+        let widths = [config.q_width(), config.kv_width(), config.kv_width()];
+        let sizes = "qkv.widths".to_owned();
+        if layer == 0 {
+            let widths = widths.map(|width| width as i64).to_vec();
+            binding::add_owned(&mut self.graph, &sizes, widths, &[3])?;
+        }
+        let parts = ["q", "k", "v"].map(at);
+        let outputs = parts.each_ref().map(|name| &name[..]);
+        self.node(ONNX_DOMAIN, "Split", &[&at("qkv"), &sizes], &outputs, vec![int("axis", -1)?])?;
+        let [q, k, v] = &parts;
+        let mut normalized = Vec::new();
+        for ((part, width), norm) in [q, k].into_iter().zip(widths).zip(norms) {
+            let [heads, normed, whole] = ["heads", "normed", "whole"].map(|what| format!("{part}.{what}"));
+            let count = (width / config.head_dim) as i64;
+            self.reshape(part, &[0, 0, count, config.head_dim as i64], &heads)?;
+            let attributes = vec![self.epsilon()?, int("axis", -1i64)?, int("stash_type", 1)?];
+            self.node(ONNX_DOMAIN, "SimplifiedLayerNormalization", &[&heads, norm], &[&normed], attributes)?;
+            self.reshape(&normed, &[0, 0, width as i64], &whole)?;
+            normalized.push(whole);
+        }
+        let [q, k] = normalized.try_into().expect("two of them");
+        Ok([q, k, v.clone()])
+    }
+
+    /// A tensor of other dimensions; 0 keeps one, −1 is what is left.
+    fn reshape(&mut self, x: &str, shape: &[i64], y: &str) -> ort::Result<()> {
+        let name = format!("{y}.shape");
+        binding::add_owned(&mut self.graph, &name, shape.to_vec(), &[shape.len() as i64])?;
+        self.node(ONNX_DOMAIN, "Reshape", &[x, &name], &[y], vec![])
     }
 
     fn head(&mut self) -> ort::Result<()> {
@@ -228,7 +394,11 @@ impl Builder<'_> {
         self.add_norm("model.norm.weight", [&residual, &update], ["", "final"])?;
         let tied = self.checkpoint.config().tied;
         let weight = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        self.linear("final", &[weight.to_owned()], "logits")
+        if self.form.activations == Dtype::F32 {
+            return self.linear("final", &[weight.to_owned()], "logits");
+        }
+        self.linear("final", &[weight.to_owned()], "logits.computed")?;
+        self.cast("logits.computed", Dtype::F32, "logits")
     }
 
     /// y = x · Wᵀ, for weights `[out, in]` stacked along out.
@@ -237,31 +407,36 @@ impl Builder<'_> {
         let k = matrices[0].columns();
         let n: usize = matrices.iter().map(|matrix| matrix.rows()).sum();
         let name = format!("{y}.weight");
-        let Some(scheme) = self.precision.scheme() else {
-            match matrices[..] {
-                [matrix] if matrix.dtype() == Dtype::F32 => self.mapped(&name, matrix)?,
-                _ => {
-                    let stacked = matrices.iter().flat_map(|matrix| matrix.to_f32()).collect();
-                    matrices.iter().for_each(|matrix| matrix.release());
-                    binding::add_owned::<f32>(&mut self.graph, &name, stacked, &[n as i64, k as i64])?;
+        let Some(scheme) = self.form.precision.scheme() else {
+            let stored = |matrix: &WeightTensor| matrix.dtype() == self.form.activations;
+            let weight = match matrices[..] {
+                // A tied head multiplies with the table that tokens are looked up in.
+                [matrix] if stored(matrix) && weights[0] == "model.embed_tokens.weight" => "embed",
+                [matrix] if stored(matrix) => {
+                    self.mapped(&name, matrix)?;
+                    &name
                 }
-            }
-            return self.node(MICROSOFT, "FusedMatMul", &[x, &name], &[y], vec![int("transB", 1)?]);
+                _ => {
+                    let stacked = stack(&matrices, self.form.activations, self.threads);
+                    matrices.iter().for_each(|matrix| matrix.release());
+                    self.add(&name, stacked, &[n as i64, k as i64])?;
+                    &name
+                }
+            };
+            return self.node(MICROSOFT, "FusedMatMul", &[x, weight], &[y], vec![int("transB", 1)?]);
         };
         let quantized = quantize(&matrices, scheme, self.threads);
         matrices.iter().for_each(|matrix| matrix.release());
         let (blocks, scales) = (scheme.blocks(k), format!("{name}.scales"));
         let shape = [n, blocks, scheme.block_bytes()].map(|size| size as i64);
         binding::add_owned(&mut self.graph, &name, quantized.codes, &shape)?;
-        binding::add_owned(&mut self.graph, &scales, quantized.scales, &shape[..2])?;
-        let attributes = vec![
-            int("K", k)?,
-            int("N", n)?,
-            int("bits", scheme.bits)?,
-            int("block_size", scheme.block)?,
-            // 4: activations are rounded to int8 for the product, which is what makes it fast.
-            int("accuracy_level", 4)?,
-        ];
+        self.constant(&scales, quantized.scales, &shape[..2])?;
+        let mut attributes =
+            vec![int("K", k)?, int("N", n)?, int("bits", scheme.bits)?, int("block_size", scheme.block)?];
+        if self.form.norms == Norms::Ours {
+            // On a CPU. 4: activations are rounded to int8 for the product, which is what makes it fast.
+            attributes.push(int("accuracy_level", 4)?);
+        }
         self.node(MICROSOFT, "MatMulNBits", &[x, &name, &scales], &[y], attributes)
     }
 
@@ -286,12 +461,25 @@ impl Builder<'_> {
         Attribute::new("epsilon", self.checkpoint.config().norm_epsilon)
     }
 
-    /// A vector of the checkpoint as an fp32 constant; returns its name.
+    /// A vector of the checkpoint as a constant; returns its name.
     fn vector(&mut self, name: &str) -> ort::Result<String> {
         let values = self.checkpoint.tensor(name).to_f32();
         let shape = [values.len() as i64];
-        binding::add_owned(&mut self.graph, name, values, &shape)?;
+        self.constant(name, values, &shape)?;
         Ok(name.to_owned())
+    }
+
+    /// A constant in the type of the activations.
+    fn constant(&mut self, name: &str, values: Vec<f32>, shape: &[i64]) -> ort::Result<()> {
+        self.add(name, Elements::from_f32(values, self.form.activations), shape)
+    }
+
+    fn add(&mut self, name: &str, elements: Elements, shape: &[i64]) -> ort::Result<()> {
+        match elements {
+            Elements::F32(data) => binding::add_owned(&mut self.graph, name, data, shape),
+            Elements::F16(data) => binding::add_owned(&mut self.graph, name, data, shape),
+            Elements::Bf16(data) => binding::add_owned(&mut self.graph, name, data, shape),
+        }
     }
 
     fn mapped(&mut self, name: &str, tensor: &WeightTensor) -> ort::Result<()> {

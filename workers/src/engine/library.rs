@@ -3,7 +3,7 @@
 use ort::{LoadDynamicError, environment::Environment};
 use std::{
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 /// Why ONNX Runtime could not be loaded. Each says what to do.
@@ -26,6 +26,17 @@ pub enum LibraryError {
         /// What is wrong with it.
         reason: String,
     },
+    /// What computing on a GPU takes is not there.
+    #[error(
+        "{name} is needed to compute on a GPU ({cause}): run `scripts/setup.sh gpu`, or name a folder with the libraries in \
+         FOREBAY_CUDA; --device cpu runs without"
+    )]
+    NoCuda {
+        /// Which library.
+        name: String,
+        /// What is wrong.
+        cause: String,
+    },
     /// The library is older than the functions it is used for.
     #[error(
         "{} is ONNX Runtime {version}, but 1.31 or newer is needed: run `make setup`, or set ORT_DYLIB_PATH to a \
@@ -40,6 +51,13 @@ pub enum LibraryError {
     },
 }
 
+/// What ONNX Runtime's provider for CUDA is linked with, each before those that need it.
+const CUDA_LIBRARIES: [&str; 4] =
+    ["libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10"];
+
+/// Its own file, beside ONNX Runtime.
+const CUDA_PROVIDER: &str = "libonnxruntime_providers_cuda.so";
+
 /// Name of the library on this platform, without a version.
 const NAME: &str = "libonnxruntime.so";
 
@@ -48,12 +66,59 @@ const NAME: &str = "libonnxruntime.so";
 ///
 /// The first library loaded stays for the life of the process, whatever later calls ask for.
 pub fn load(explicit: Option<&Path>) -> Result<Environment, LibraryError> {
-    static LOADED: Mutex<Option<Environment>> = Mutex::new(None);
-    let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut loaded = loaded();
     if let Some(environment) = &*loaded {
         return Ok(environment.clone());
     }
     let path = find(explicit)?;
+    open(path).map(|environment| loaded.insert(environment).clone())
+}
+
+/// Loads an ONNX Runtime that computes on GPUs too, and what it needs: from `explicit` or the first of `ORT_DYLIB_PATH` and
+/// [`cuda_folder`] that is there. NVIDIA's libraries are taken from that folder, or from where the system's loader looks.
+pub fn load_cuda(explicit: Option<&Path>) -> Result<Environment, LibraryError> {
+    let mut loaded = loaded();
+    if let Some(environment) = &*loaded {
+        return Ok(environment.clone());
+    }
+    let folder = cuda_folder();
+    let path = match (named(explicit)?, &folder) {
+        (Some(path), _) => path,
+        (None, Some(folder)) => newest_in(folder).ok_or_else(|| LibraryError::NoCuda {
+            name: NAME.to_owned(),
+            cause: format!("{} has none", folder.display()),
+        })?,
+        (None, None) => {
+            let cause = "no .forebay/cuda here or above".to_owned();
+            return Err(LibraryError::NoCuda { name: NAME.to_owned(), cause });
+        }
+    };
+    if !path.with_file_name(CUDA_PROVIDER).is_file() {
+        let cause = format!("{} is for CPUs only", path.display());
+        return Err(LibraryError::NoCuda { name: CUDA_PROVIDER.to_owned(), cause });
+    }
+    for name in CUDA_LIBRARIES {
+        forebay_kernels::cuda::preload(folder.as_deref(), name)
+            .map_err(|cause| LibraryError::NoCuda { name: name.to_owned(), cause })?;
+    }
+    open(path).map(|environment| loaded.insert(environment).clone())
+}
+
+/// The folder of libraries for GPUs: `FOREBAY_CUDA`, or `.forebay/cuda` in the working directory, in the executable's, or in one
+/// above either.
+pub fn cuda_folder() -> Option<PathBuf> {
+    if let Some(folder) = std::env::var_os("FOREBAY_CUDA").filter(|folder| !folder.is_empty()) {
+        return Some(folder.into());
+    }
+    above().map(|dir| dir.join("cuda")).find(|dir| dir.is_dir())
+}
+
+fn loaded() -> MutexGuard<'static, Option<Environment>> {
+    static LOADED: Mutex<Option<Environment>> = Mutex::new(None);
+    LOADED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn open(path: PathBuf) -> Result<Environment, LibraryError> {
     let builder = ort::init_from(&path).map_err(|error| match error {
         LoadDynamicError::BadVersion { version_str, path } => {
             LibraryError::TooOld { path, version: version_str }
@@ -64,28 +129,40 @@ pub fn load(explicit: Option<&Path>) -> Result<Environment, LibraryError> {
         other => LibraryError::Unusable { path: path.clone(), reason: other.to_string() },
     })?;
     let environment = builder.with_name("forebay").with_telemetry(false).build();
-    let environment =
-        environment.map_err(|error| LibraryError::Unusable { path, reason: error.to_string() })?;
-    Ok(loaded.insert(environment).clone())
+    environment.map_err(|error| LibraryError::Unusable { path, reason: error.to_string() })
 }
 
-fn find(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
+/// The file that is named, if one is.
+fn named(explicit: Option<&Path>) -> Result<Option<PathBuf>, LibraryError> {
     let from_env = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
     for (given, by) in [(explicit.map(Path::to_owned), "the library option"), (from_env, "ORT_DYLIB_PATH")] {
         let Some(path) = given else { continue };
         // Absolute, because `ort` takes a relative path from the executable's directory.
         return match std::path::absolute(&path) {
-            Ok(path) if path.is_file() => Ok(path),
+            Ok(path) if path.is_file() => Ok(Some(path)),
             _ => Err(LibraryError::NotFound {
                 reason: format!("{by} names {}, which is no file", path.display()),
             }),
         };
     }
+    Ok(None)
+}
+
+fn find(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
+    if let Some(path) = named(explicit)? {
+        return Ok(path);
+    }
     let executable_dir = std::env::current_exe().ok().and_then(|path| path.parent().map(Path::to_owned));
-    let starts = [std::env::current_dir().ok(), executable_dir.clone()];
-    let above = starts.iter().flatten().flat_map(|dir| dir.ancestors()).map(|dir| dir.join(".forebay/lib"));
-    let found = above.chain(executable_dir).find_map(|dir| newest_in(&dir));
+    let found = above().map(|dir| dir.join("lib")).chain(executable_dir).find_map(|dir| newest_in(&dir));
     Ok(found.unwrap_or_else(|| PathBuf::from(NAME)))
+}
+
+/// Where `.forebay` may be.
+fn above() -> impl Iterator<Item = PathBuf> {
+    let executable_dir = std::env::current_exe().ok().and_then(|path| path.parent().map(Path::to_owned));
+    let starts = [std::env::current_dir().ok(), executable_dir];
+    let starts = starts.into_iter().flatten();
+    starts.flat_map(|dir| dir.ancestors().map(|dir| dir.join(".forebay")).collect::<Vec<_>>())
 }
 
 /// The library in a directory; of several versions, the highest.

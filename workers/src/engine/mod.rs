@@ -5,11 +5,12 @@
 //! block reuse and KV movement are the caller's: the engine reads and writes the positions it is told to.
 //!
 //! Read next: [`sim`], the smallest engine; then [`onnx`], the one that serves, and what it is made of:
-//! [`checkpoint`] → [`quantize`] → [`graph`] → `binding`.
+//! [`checkpoint`] → [`quantize`] → [`graph`] → `binding`; then [`cuda`], the same on a GPU.
 
 pub mod bench;
 mod binding;
 pub mod checkpoint;
+pub mod cuda;
 mod fused;
 pub mod graph;
 pub mod library;
@@ -20,9 +21,10 @@ pub mod sim;
 
 use forebay_kernels::Region;
 use forebay_schemas::{
-    kv::{KvLayout, LayoutHash},
+    kv::{KvLayout, LayoutHash, TokenRange},
     sampling::Sampling,
 };
+use onnx::OpenError;
 use std::{sync::Arc, time::Duration};
 
 /// A model that runs over slots of a KV region.
@@ -37,6 +39,24 @@ pub trait Engine: Send {
     /// The KV region, laid out by the card's layout. Other threads and processes may read sealed positions and
     /// write positions that the engine was not told about; nothing else orders access to it.
     fn kv(&self) -> &Arc<Region>;
+
+    /// What copies KV between the region and the memory that the engine computes on, if these are two.
+    fn mover(&self) -> Option<Arc<dyn KvMover>> {
+        None
+    }
+
+    /// What takes its time and must happen on the thread that runs the engine, before its first step.
+    fn warm_up(&mut self) -> Result<(), OpenError> {
+        Ok(())
+    }
+
+    /// Has memory for the first `positions` of a slot, or says [`EngineError::KvFull`]. Steps do so by themselves.
+    fn reserve(&mut self, _slot: u32, _positions: u32) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// The KV of a slot is no longer needed.
+    fn release(&mut self, _slot: u32) {}
 
     /// Runs `tokens` of one slot at positions `start..`, as one call (the caller chunks). Positions below
     /// `start` must hold the KV of the tokens before. With `draw`, also samples the token that follows.
@@ -67,9 +87,19 @@ pub trait Engine: Send {
     /// Logits of row number `row` of the last step (0 for a prefill), one for each token of the vocabulary. None, before
     /// any step too, from an engine that draws by other means. A draw with a temperature overwrites those of its row:
     /// whoever wants to see them draws greedily.
-    fn row_logits(&self, _row: usize) -> Option<&[f32]> {
+    fn row_logits(&mut self, _row: usize) -> Option<&[f32]> {
         None
     }
+}
+
+/// Copies KV between a region and an engine's own memory, from any thread.
+pub trait KvMover: Send + Sync {
+    /// Brings positions of a slot that the engine has filled into the region. Blocks until they are there.
+    fn save(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError>;
+
+    /// Brings positions of a slot of the region to where the engine computes, which has memory for them. Blocks until they are
+    /// there.
+    fn load(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError>;
 }
 
 /// One sequence's part in a decode step.
@@ -127,7 +157,7 @@ pub struct EngineCard {
     pub weights: String,
 }
 
-/// Why an engine could not do a step. None of these goes away by trying the same again on the same engine.
+/// Why an engine could not do a step. Only [`EngineError::KvFull`] goes away by trying the same again on the same engine.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// The sequence would outgrow its slot.
@@ -159,6 +189,12 @@ pub enum EngineError {
         slot: u32,
         /// Position of the token whose logits they are.
         position: u32,
+    },
+    /// There is no memory for more KV. It may come when another sequence ends.
+    #[error("slot {slot}: there is no memory for more KV")]
+    KvFull {
+        /// Which slot.
+        slot: u32,
     },
     /// KV that was read is not what an engine of this kind writes. Only [`sim::SimEngine`] can tell.
     #[error("slot {slot}: the KV at position {position} is damaged or was never written")]

@@ -4,7 +4,8 @@ use super::{
     Draw, Engine, EngineCard, EngineError, Row, Sampled,
     binding::{KvView, Program, Step, Tensor},
     checkpoint::{Checkpoint, CheckpointError},
-    graph::{self, Precision},
+    cuda::CudaOpenError,
+    graph::{self, Form, Precision},
     library::{self, LibraryError},
 };
 use forebay_kernels::{NotFinite, Region, RegionError, sample};
@@ -18,11 +19,15 @@ use ort::{
 };
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// Held while a session is made.
-static OPENING: Mutex<()> = Mutex::new(());
+/// Held while a session is made: ONNX Runtime's table of operator domains is one for the process and not safe to fill from two
+/// threads.
+pub(super) fn opening() -> MutexGuard<'static, ()> {
+    static OPENING: Mutex<()> = Mutex::new(());
+    OPENING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// How to open an [`OnnxEngine`].
 #[derive(Clone, Debug)]
@@ -68,6 +73,12 @@ pub enum OpenError {
     /// No memory for the KV.
     #[error(transparent)]
     Region(#[from] RegionError),
+    /// The first steps failed.
+    #[error("warming up: {0}")]
+    WarmUp(#[from] EngineError),
+    /// There is no GPU, or it is too small.
+    #[error(transparent)]
+    Cuda(#[from] CudaOpenError),
     /// ONNX Runtime refused the graph.
     #[error("ONNX Runtime could not load the model: {0}")]
     Runtime(#[from] ort::Error),
@@ -107,9 +118,15 @@ impl OnnxEngine {
         let context_limit = options.positions.saturating_sub(1);
         checkpoint.check_context(context_limit as usize)?;
         let environment = library::load(options.library.as_deref())?;
-        // ONNX Runtime's table of operator domains is one for the process and not safe to fill from two threads.
-        let _one_at_a_time = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
-        let card = card(checkpoint, options);
+        let _one_at_a_time = opening();
+        let geometry = KvGeometry {
+            layers: config.layers as u32,
+            kv_heads: config.kv_heads as u32,
+            head_dim: config.head_dim as u32,
+            dtype: KvDtype::F32,
+        };
+        let layout = KvLayout { geometry, slots: options.slots, positions: options.positions };
+        let card = card(checkpoint, options.precision, layout, options.positions);
         let program = program(&environment, checkpoint, options)?;
         let kv = Arc::new(Region::create("forebay-kv", card.layout.region_bytes())?);
         let (slots, positions) = (options.slots as usize, options.positions as usize);
@@ -121,7 +138,7 @@ impl OnnxEngine {
             input_ids: Tensor::with_capacity(positions.max(slots))?,
             seqlens_k: Tensor::with_capacity(slots)?,
             total_len: Tensor::with_capacity(1)?,
-            last: Tensor::with_capacity(2 * slots)?,
+            last: Tensor::with_capacity(slots)?,
             logits: Tensor::with_capacity(slots * config.vocab)?,
             card,
         })
@@ -172,22 +189,23 @@ impl Engine for OnnxEngine {
         self.seqlens_k.set_shape(&[1])?;
         self.seqlens_k.data_mut()[0] = last as i32;
         self.total_len.data_mut()[0] = last as i32 + 1;
-        self.last.set_shape(&[1, 2])?;
-        self.last.data_mut().copy_from_slice(&[0, tokens.len() as i64 - 1]);
+        self.last.set_shape(&[1])?;
+        self.last.data_mut()[0] = tokens.len() as i64 - 1;
         self.logits.set_shape(&[1, i64::from(self.card.vocab)])?;
         let view = &mut self.slot_views[slot as usize];
         let view = match view {
             Some(view) => view,
             None => view.insert(KvView::new(&self.kv, &self.card.layout, slot..slot + 1)?),
         };
-        self.program.run(&mut Step {
+        let mut step = Step {
             input_ids: &self.input_ids,
             seqlens_k: &self.seqlens_k,
             total_len: &self.total_len,
             last: &self.last,
             kv: view,
             logits: &mut self.logits,
-        })?;
+        };
+        self.program.run(&mut step, None)?;
         draw.map(|draw| self.draw(0, (slot, last as u32), draw)).transpose()
     }
 
@@ -203,16 +221,16 @@ impl Engine for OnnxEngine {
         let batch = highest + 1;
         self.input_ids.set_shape(&[batch as i64, 1])?;
         self.seqlens_k.set_shape(&[batch as i64])?;
-        self.last.set_shape(&[rows.len() as i64, 2])?;
+        self.last.set_shape(&[rows.len() as i64])?;
         self.logits.set_shape(&[rows.len() as i64, i64::from(self.card.vocab)])?;
         let (ids, lens, last) = (self.input_ids.data_mut(), self.seqlens_k.data_mut(), self.last.data_mut());
         ids.fill(0);
         // The row of `rows`'s highest slot is written below, so `parked` may be one short of the batch.
         lens.iter_mut().zip(parked).for_each(|(len, at)| *len = *at as i32);
-        for (row, last) in rows.iter().zip(last.chunks_exact_mut(2)) {
+        for (row, last) in rows.iter().zip(last) {
             ids[row.slot as usize] = i64::from(row.token);
             lens[row.slot as usize] = row.position as i32;
-            last.copy_from_slice(&[i64::from(row.slot), 0]);
+            *last = i64::from(row.slot);
         }
         self.total_len.data_mut()[0] = lens.iter().copied().max().unwrap_or(0) + 1;
         let view = &mut self.batch_views[highest];
@@ -220,48 +238,49 @@ impl Engine for OnnxEngine {
             Some(view) => view,
             None => view.insert(KvView::new(&self.kv, &self.card.layout, 0..batch as u32)?),
         };
-        self.program.run(&mut Step {
+        let mut step = Step {
             input_ids: &self.input_ids,
             seqlens_k: &self.seqlens_k,
             total_len: &self.total_len,
             last: &self.last,
             kv: view,
             logits: &mut self.logits,
-        })?;
+        };
+        self.program.run(&mut step, None)?;
         for (index, row) in rows.iter().enumerate() {
             out.push(self.draw(index, (row.slot, row.position), row.draw)?);
         }
         Ok(())
     }
 
-    fn row_logits(&self, row: usize) -> Option<&[f32]> {
+    fn row_logits(&mut self, row: usize) -> Option<&[f32]> {
         self.logits().chunks_exact(self.card.vocab as usize).nth(row)
     }
 }
 
-fn card(checkpoint: &Checkpoint, options: &OnnxOptions) -> EngineCard {
-    let config = checkpoint.config();
-    let geometry = KvGeometry {
-        layers: config.layers as u32,
-        kv_heads: config.kv_heads as u32,
-        head_dim: config.head_dim as u32,
-        dtype: KvDtype::F32,
-    };
+/// The card of an engine whose slots have `positions` usable positions, of which the last takes scratch writes.
+pub(super) fn card(
+    checkpoint: &Checkpoint,
+    precision: Precision,
+    layout: KvLayout,
+    positions: u32,
+) -> EngineCard {
+    let (config, geometry) = (checkpoint.config(), layout.geometry);
     let stored = checkpoint.tensor("model.embed_tokens.weight").dtype();
     // Everything that decides what a key or value is: two engines that agree on this text compute the same KV, up
     // to rounding. The 1 is the version of the text and of the graph.
     let meaning = format!(
         "forebay kv 1; {config:?}; weights {:016x} as {}; {geometry:?}",
         checkpoint.weights_hash(),
-        options.precision
+        precision
     );
     EngineCard {
         vocab: config.vocab as u32,
-        context_limit: options.positions.saturating_sub(1),
+        context_limit: positions.saturating_sub(1),
         eos: checkpoint.eos().to_vec(),
-        layout: KvLayout { geometry, slots: options.slots, positions: options.positions },
+        layout,
         layout_hash: LayoutHash(fnv1a(meaning.as_bytes())),
-        weights: format!("Qwen3ForCausalLM, {} layers, {} from {stored}", config.layers, options.precision),
+        weights: format!("Qwen3ForCausalLM, {} layers, {precision} from {stored}", config.layers),
     }
 }
 
@@ -277,6 +296,7 @@ fn program(
         // Plans for shapes seen before: of no use where lengths never repeat, and it keeps their memory.
         .with_memory_pattern(false)?;
     let builder = graph::with_operators(builder, checkpoint.config())?;
-    let model = graph::build(checkpoint, options.precision, options.positions as usize, options.threads)?;
+    let model =
+        graph::build(checkpoint, Form::cpu(options.precision), options.positions as usize, options.threads)?;
     Program::new(environment, builder, graph::EMPTY_MODEL, &model, checkpoint.config().layers)
 }

@@ -1,8 +1,12 @@
 //! Which slots of the region are free.
 
+use forebay_schemas::kv::TokenRange;
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 /// The free slots. A decode step runs over all slots up to the highest in use, so the lowest is given first.
@@ -16,6 +20,7 @@ pub struct SlotPool {
 #[derive(Debug)]
 pub struct Slot {
     index: u32,
+    mirrored: AtomicU32,
     free: Arc<Mutex<BTreeSet<u32>>>,
 }
 
@@ -28,7 +33,7 @@ impl SlotPool {
     /// The lowest free slot.
     pub fn take(&self) -> Option<Slot> {
         let index = self.free.lock().expect("no panics while held").pop_first()?;
-        Some(Slot { index, free: self.free.clone() })
+        Some(Slot { index, mirrored: AtomicU32::new(0), free: self.free.clone() })
     }
 
     /// How many are free.
@@ -46,6 +51,23 @@ impl Slot {
     /// Its number.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// Positions from the first on whose KV is both in the region and where the engine computes, if these are two.
+    pub fn mirrored(&self) -> u32 {
+        self.mirrored.load(Ordering::Acquire)
+    }
+
+    /// Notes that the region's positions from one on are written, or may be half written if that fails.
+    pub fn spoil(&self, from: u32) {
+        self.mirrored.fetch_min(from, Ordering::AcqRel);
+    }
+
+    /// Notes that these positions are in both places.
+    pub fn mirror(&self, tokens: TokenRange) {
+        if tokens.start <= self.mirrored() {
+            self.mirrored.fetch_max(tokens.end(), Ordering::AcqRel);
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Reading a peer's KV: the protocol, above every transport.
 
+use crate::engine::EngineError;
 use forebay_kernels::Region;
 use forebay_schemas::{
     ids::WorkerId,
@@ -66,6 +67,9 @@ pub enum ReadError {
         /// Which group of planes.
         group: usize,
     },
+    /// It was read, and the engine could not have it.
+    #[error("what was read did not reach the engine: {0}")]
+    Engine(#[from] EngineError),
     /// The handle names what can't be.
     #[error("an impossible handle: {0}")]
     BadHandle(String),

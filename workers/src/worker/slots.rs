@@ -2,7 +2,7 @@
 
 use super::Worker;
 use crate::{
-    engine::EngineError,
+    engine::{EngineError, KvMover},
     kv::{ReadError, Sealed, Slot, Transport, sums},
 };
 use forebay_schemas::{
@@ -36,11 +36,40 @@ impl Worker {
         slot: &Arc<Slot>,
         lease: &Sealed,
         tokens: TokenRange,
-    ) -> KvHandle {
+    ) -> Result<KvHandle, EngineError> {
         let layout = self.runner.card().layout;
         let (worker, held) = (self.clone(), slot.clone());
-        let checksums = off_thread(move || sums(worker.runner.kv(), &layout, held.index(), tokens)).await;
-        self.handle(slot, lease, tokens, checksums)
+        let seal = move || {
+            worker.save(&held, tokens)?;
+            Ok::<_, EngineError>(sums(worker.runner.kv(), &layout, held.index(), tokens))
+        };
+        Ok(self.handle(slot, lease, tokens, off_thread(seal).await?))
+    }
+
+    /// Has the region hold these positions of a slot, which the engine has filled. Blocks for as long as a copy takes.
+    pub(crate) fn save(&self, slot: &Slot, tokens: TokenRange) -> Result<(), EngineError> {
+        self.mirror(slot, tokens, |mover, missing| mover.save(slot.index(), missing))
+    }
+
+    /// Has the engine know these positions of a slot, which were written to the region. Blocks for as long as a copy takes.
+    pub(crate) fn load(&self, slot: &Slot, tokens: TokenRange) -> Result<(), EngineError> {
+        self.mirror(slot, tokens, |mover, missing| mover.load(slot.index(), missing))
+    }
+
+    fn mirror(
+        &self,
+        slot: &Slot,
+        tokens: TokenRange,
+        copy: impl FnOnce(&dyn KvMover, TokenRange) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        let Some(mover) = self.runner.mover() else { return Ok(()) };
+        let start = tokens.start.max(slot.mirrored());
+        if start < tokens.end() {
+            let missing = TokenRange { start, count: tokens.end() - start };
+            copy(&**mover, missing)?;
+            slot.mirror(missing);
+        }
+        Ok(())
     }
 
     /// Whether a sequence fits into a slot. Another worker of the model may have longer ones, and the gateway goes by its

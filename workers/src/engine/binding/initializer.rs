@@ -37,7 +37,7 @@ unsafe extern "system" fn allocate_nothing(_: *mut sys::OrtAllocator, _: usize) 
 }
 
 unsafe extern "system" fn describe(_: *const sys::OrtAllocator) -> *const sys::OrtMemoryInfo {
-    cpu_memory()
+    cpu_memory().0.as_ptr()
 }
 
 /// The "allocator" that frees lent memory. It lives for the life of the process, as ONNX Runtime wants.

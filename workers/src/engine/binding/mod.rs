@@ -6,14 +6,17 @@
 
 #![allow(unsafe_code)]
 
+mod cuda;
 mod initializer;
 mod mapped;
 mod program;
 mod tensor;
 
+pub use cuda::Provider;
+pub(super) use cuda::{CudaTensor, CudaTensorError, with_cuda};
 pub(super) use initializer::{MappedType, add_mapped, add_owned};
 pub(super) use mapped::MappedFile;
-pub(super) use program::{Program, Step};
+pub(super) use program::{Program, RunOptions, Step};
 pub(super) use tensor::{KvView, Tensor};
 
 use ort::sys::{self, ONNXTensorElementDataType as Type};
@@ -29,15 +32,19 @@ fn check(status: sys::OrtStatusPtr) -> ort::Result<()> {
     unsafe { ort::Error::result_from_status(status) }
 }
 
-/// "Memory of the CPU", as the C API wants to be told with every tensor.
-fn cpu_memory() -> *const sys::OrtMemoryInfo {
-    struct Info(NonNull<sys::OrtMemoryInfo>);
-    // SAFETY: the description is immutable once made, and never freed.
-    unsafe impl Send for Info {}
-    // SAFETY: as above.
-    unsafe impl Sync for Info {}
-    static INFO: OnceLock<Info> = OnceLock::new();
-    INFO.get_or_init(|| {
+/// What kind of memory something is in, as the C API wants to be told with every tensor.
+#[derive(Clone, Copy)]
+struct Memory(NonNull<sys::OrtMemoryInfo>);
+
+// SAFETY: the description is immutable once made, and never freed.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+/// "Memory of the CPU".
+fn cpu_memory() -> Memory {
+    static MEMORY: OnceLock<Memory> = OnceLock::new();
+    *MEMORY.get_or_init(|| {
         let mut info = ptr::null_mut();
         // SAFETY: the out-pointer is valid; the call has no other conditions.
         let made = check(unsafe {
@@ -48,14 +55,12 @@ fn cpu_memory() -> *const sys::OrtMemoryInfo {
             )
         });
         made.expect("describing CPU memory allocates a few bytes");
-        Info(NonNull::new(info).expect("a successful call sets its result"))
+        Memory(NonNull::new(info).expect("a successful call sets its result"))
     })
-    .0
-    .as_ptr()
 }
 
 /// An `OrtValue` over memory that it does not own.
-struct Value(NonNull<sys::OrtValue>);
+pub(super) struct Value(NonNull<sys::OrtValue>);
 
 // SAFETY: a value is an immutable description of memory, tied to no thread; whoever owns the memory answers for
 // access to it.
@@ -63,13 +68,20 @@ unsafe impl Send for Value {}
 
 impl Value {
     /// # Safety
-    /// `data` must stay valid for `bytes` bytes until the value and everything that ONNX Runtime made of it is gone.
-    unsafe fn over(data: *mut c_void, bytes: usize, shape: &[i64], element: Type) -> ort::Result<Value> {
+    /// `data` must stay valid for `bytes` bytes of that memory until the value and everything that ONNX Runtime made of it is
+    /// gone.
+    unsafe fn over(
+        memory: Memory,
+        data: *mut c_void,
+        bytes: usize,
+        shape: &[i64],
+        element: Type,
+    ) -> ort::Result<Value> {
         let mut value = ptr::null_mut();
         // SAFETY: shape and out-pointer are valid for the call; the caller answers for the data.
         check(unsafe {
             (ort::api().CreateTensorWithDataAsOrtValue)(
-                cpu_memory(),
+                memory.0.as_ptr(),
                 data,
                 bytes,
                 shape.as_ptr(),
@@ -89,6 +101,12 @@ impl Drop for Value {
     }
 }
 
+/// A tensor that a run of a graph reads or writes.
+pub(super) trait AsValue {
+    #[doc(hidden)]
+    fn value(&self) -> &Value;
+}
+
 /// Element types of tensors made here.
 pub(super) trait Element: Copy + Default + Send + 'static {
     #[doc(hidden)]
@@ -97,6 +115,14 @@ pub(super) trait Element: Copy + Default + Send + 'static {
 
 impl Element for f32 {
     const TYPE: Type = Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+}
+
+impl Element for half::f16 {
+    const TYPE: Type = Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+}
+
+impl Element for half::bf16 {
+    const TYPE: Type = Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
 }
 
 impl Element for i32 {

@@ -1,6 +1,6 @@
 //! A session of the engine's graph, and one run of it.
 
-use super::{KvView, Tensor, check};
+use super::{AsValue, KvView, check};
 use ort::{AsPointer, editor::Model, environment::Environment, session::builder::SessionBuilder, sys};
 use std::{
     ffi::CString,
@@ -9,18 +9,49 @@ use std::{
 
 /// What one run of the graph reads and writes.
 pub(in super::super) struct Step<'a> {
-    /// `[batch, tokens]`: token ids.
-    pub(in super::super) input_ids: &'a Tensor<i64>,
-    /// `[batch]`: tokens in each slot after this step, less one.
-    pub(in super::super) seqlens_k: &'a Tensor<i32>,
-    /// `[1]`: the largest number of tokens in a slot after this step.
-    pub(in super::super) total_len: &'a Tensor<i32>,
-    /// `[rows, 2]`: (batch, token) of each row whose logits are wanted.
-    pub(in super::super) last: &'a Tensor<i64>,
+    /// `[batch, tokens]` i64: token ids.
+    pub(in super::super) input_ids: &'a dyn AsValue,
+    /// `[batch]` i32: tokens in each slot after this step, less one.
+    pub(in super::super) seqlens_k: &'a dyn AsValue,
+    /// `[1]` i32: the largest number of tokens in a slot after this step.
+    pub(in super::super) total_len: &'a dyn AsValue,
+    /// `[rows]` i64: which of the batch's tokens, counted through, have their logits wanted.
+    pub(in super::super) last: &'a dyn AsValue,
     /// Past KV, and the place of the present.
     pub(in super::super) kv: &'a KvView,
-    /// `[rows, vocab]`: written.
-    pub(in super::super) logits: &'a mut Tensor<f32>,
+    /// `[rows, vocab]` f32: written.
+    pub(in super::super) logits: &'a mut dyn AsValue,
+}
+
+/// How a graph is run, released when dropped.
+pub(in super::super) struct RunOptions(NonNull<sys::OrtRunOptions>);
+
+// SAFETY: the options are only read once they are made.
+unsafe impl Send for RunOptions {}
+
+impl RunOptions {
+    /// Options by name.
+    pub(in super::super) fn new(entries: &[(&str, &str)]) -> ort::Result<RunOptions> {
+        let mut options = ptr::null_mut();
+        // SAFETY: the out-pointer is valid.
+        check(unsafe { (ort::api().CreateRunOptions)(&mut options) })?;
+        let options = RunOptions(NonNull::new(options).expect("a successful call sets its result"));
+        for (key, value) in entries {
+            let [key, value] = [key, value].map(|text| CString::new(*text).expect("options hold no NUL"));
+            // SAFETY: the options are valid, and both strings for the call.
+            check(unsafe {
+                (ort::api().AddRunConfigEntry)(options.0.as_ptr(), key.as_ptr(), value.as_ptr())
+            })?;
+        }
+        Ok(options)
+    }
+}
+
+impl Drop for RunOptions {
+    fn drop(&mut self) {
+        // SAFETY: the options were made by the C API and are released once.
+        unsafe { (ort::api().ReleaseRunOptions)(self.0.as_ptr()) };
+    }
 }
 
 /// A session, released when dropped.
@@ -92,13 +123,21 @@ impl Program {
     }
 
     /// Runs the graph once, on the calling thread and the session's pool.
-    pub(in super::super) fn run(&mut self, step: &mut Step<'_>) -> ort::Result<()> {
+    pub(in super::super) fn run(
+        &mut self,
+        step: &mut Step<'_>,
+        options: Option<&RunOptions>,
+    ) -> ort::Result<()> {
         let pointers = |names: &[CString]| names.iter().map(|name| name.as_ptr()).collect::<Vec<_>>();
         let (input_names, output_names) = (pointers(&self.inputs), pointers(&self.outputs));
-        let first = [&step.input_ids.value, &step.seqlens_k.value, &step.total_len.value, &step.last.value];
-        let inputs = first.into_iter().chain(&step.kv.values).map(|value| value.0.as_ptr().cast_const());
+        let first = [step.input_ids, step.seqlens_k, step.total_len, step.last];
+        let inputs = first
+            .map(AsValue::value)
+            .into_iter()
+            .chain(&step.kv.values)
+            .map(|value| value.0.as_ptr().cast_const());
         let inputs: Vec<_> = inputs.collect();
-        let outputs = [&step.logits.value].into_iter().chain(&step.kv.values).map(|value| value.0.as_ptr());
+        let outputs = [step.logits.value()].into_iter().chain(&step.kv.values).map(|value| value.0.as_ptr());
         let mut outputs: Vec<_> = outputs.collect();
         assert!(
             inputs.len() == input_names.len() && outputs.len() == output_names.len(),
@@ -110,7 +149,7 @@ impl Program {
         check(unsafe {
             (ort::api().Run)(
                 self.session.0.as_ptr(),
-                ptr::null(),
+                options.map_or(ptr::null(), |options| options.0.as_ptr().cast_const()),
                 input_names.as_ptr(),
                 inputs.as_ptr(),
                 inputs.len(),

@@ -1,9 +1,11 @@
 //! Tensors that a step reads and writes: small ones over buffers of their own, and views of the KV region.
 
-use super::{Element, Type, Value};
+use super::{AsValue, Element, Memory, Type, Value, cpu_memory};
 use forebay_kernels::Region;
 use forebay_schemas::kv::{KvDtype, KvLayout};
 use std::{
+    any::Any,
+    ffi::c_void,
     ops::Range,
     ptr::{self, NonNull},
     sync::Arc,
@@ -11,7 +13,7 @@ use std::{
 
 /// A tensor over its own buffer, which keeps its address while the shape changes from step to step.
 pub(in super::super) struct Tensor<T: Element> {
-    pub(super) value: Value,
+    value: Value,
     len: usize,
     capacity: usize,
     data: NonNull<T>,
@@ -27,7 +29,13 @@ impl<T: Element> Tensor<T> {
         let data = NonNull::from(buffer).cast::<T>();
         // SAFETY: the buffer lives until `drop`, where the value goes first or is never used again.
         let value = unsafe {
-            Value::over(data.as_ptr().cast(), capacity * size_of::<T>(), &[capacity as i64], T::TYPE)
+            Value::over(
+                cpu_memory(),
+                data.as_ptr().cast(),
+                capacity * size_of::<T>(),
+                &[capacity as i64],
+                T::TYPE,
+            )
         };
         Ok(Tensor { value: value?, len: capacity, capacity, data })
     }
@@ -40,7 +48,9 @@ impl<T: Element> Tensor<T> {
         let len = shape.iter().product::<i64>() as usize;
         assert!(len <= self.capacity, "{shape:?} exceeds a capacity of {}", self.capacity);
         // SAFETY: the first `len` elements of the buffer, which lives until `drop`.
-        self.value = unsafe { Value::over(self.data.as_ptr().cast(), len * size_of::<T>(), shape, T::TYPE)? };
+        self.value = unsafe {
+            Value::over(cpu_memory(), self.data.as_ptr().cast(), len * size_of::<T>(), shape, T::TYPE)?
+        };
         self.len = len;
         Ok(())
     }
@@ -59,6 +69,12 @@ impl<T: Element> Tensor<T> {
     }
 }
 
+impl<T: Element> AsValue for Tensor<T> {
+    fn value(&self) -> &Value {
+        &self.value
+    }
+}
+
 impl<T: Element> Drop for Tensor<T> {
     fn drop(&mut self) {
         let buffer = ptr::slice_from_raw_parts_mut(self.data.as_ptr(), self.capacity);
@@ -71,8 +87,8 @@ impl<T: Element> Drop for Tensor<T> {
 /// The KV of a range of slots, as the tensors `[slots, kv_heads, positions, head_dim]` of every plane.
 pub(in super::super) struct KvView {
     pub(super) values: Vec<Value>,
-    /// Keeps the memory mapped.
-    _region: Arc<Region>,
+    /// Keeps the memory where it is.
+    _owner: Box<dyn Any + Send>,
 }
 
 impl KvView {
@@ -85,11 +101,26 @@ impl KvView {
         layout: &KvLayout,
         slots: Range<u32>,
     ) -> ort::Result<KvView> {
+        let start = region.at(0, layout.region_bytes(), true);
+        // SAFETY: the region has so many bytes, and stays mapped as long as its owner.
+        unsafe { KvView::over(cpu_memory(), start.cast(), Box::new(region.clone()), layout, slots) }
+    }
+
+    /// # Safety
+    /// From `start` on, memory must hold all that is laid out by `layout` for as long as `owner` lives.
+    pub(super) unsafe fn over(
+        memory: Memory,
+        start: *mut c_void,
+        owner: Box<dyn Any + Send>,
+        layout: &KvLayout,
+        slots: Range<u32>,
+    ) -> ort::Result<KvView> {
         assert!(slots.start < slots.end && slots.end <= layout.slots, "slots {slots:?} of {}", layout.slots);
         let element = match layout.geometry.dtype {
             KvDtype::F32 => Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
             KvDtype::F16 => Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
             KvDtype::Bf16 => Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16,
+            KvDtype::F8 => Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN,
             KvDtype::Int8 => Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8,
         };
         let count = slots.end - slots.start;
@@ -97,11 +128,11 @@ impl KvView {
             [count, layout.geometry.kv_heads, layout.positions, layout.geometry.head_dim].map(i64::from);
         let bytes = count as usize * layout.slot_stride();
         let plane = |plane| {
-            let at = region.at(layout.slot_offset(plane, slots.start as usize), bytes, true);
-            // SAFETY: `at` checked the bounds; the region is kept mapped by `_region`.
-            unsafe { Value::over(at.cast(), bytes, &shape, element) }
+            let at = start.wrapping_byte_add(layout.slot_offset(plane, slots.start as usize));
+            // SAFETY: these slots are within the layout, whose memory the owner keeps.
+            unsafe { Value::over(memory, at, bytes, &shape, element) }
         };
         let values = (0..2 * layout.geometry.layers as usize).map(plane).collect::<ort::Result<_>>()?;
-        Ok(KvView { values, _region: region.clone() })
+        Ok(KvView { values, _owner: owner })
     }
 }

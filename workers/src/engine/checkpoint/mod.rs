@@ -8,6 +8,7 @@ mod tensors;
 
 pub use config::ModelConfig;
 pub use tensors::{Dtype, WeightTensor};
+pub(super) use tensors::{Elements, stack};
 
 use config::JsonFile;
 use forebay_kernels::Checksum;

@@ -126,6 +126,58 @@ impl WeightTensor {
     }
 }
 
+/// Elements in memory of one's own.
+#[derive(Clone, Debug, PartialEq)]
+pub(in super::super) enum Elements {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Elements {
+    /// The same numbers, rounded to nearest even.
+    pub(in super::super) fn from_f32(values: Vec<f32>, dtype: Dtype) -> Elements {
+        match dtype {
+            Dtype::F32 => Elements::F32(values),
+            Dtype::F16 => Elements::F16(values.into_iter().map(f16::from_f32).collect()),
+            Dtype::Bf16 => Elements::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+        }
+    }
+}
+
+/// Matrices of one width, stacked, on `threads` threads.
+pub(in super::super) fn stack(matrices: &[&WeightTensor], dtype: Dtype, threads: usize) -> Elements {
+    match dtype {
+        Dtype::F32 => Elements::F32(converted(matrices, threads, |x| x)),
+        Dtype::F16 => Elements::F16(converted(matrices, threads, f16::from_f32)),
+        Dtype::Bf16 => Elements::Bf16(converted(matrices, threads, bf16::from_f32)),
+    }
+}
+
+fn converted<T: Copy + Default + Send>(
+    matrices: &[&WeightTensor],
+    threads: usize,
+    convert: impl Fn(f32) -> T + Copy + Send,
+) -> Vec<T> {
+    let columns = matrices[0].columns();
+    let rows: Vec<(&WeightTensor, usize)> =
+        matrices.iter().flat_map(|matrix| (0..matrix.rows()).map(move |row| (*matrix, row))).collect();
+    let mut all = vec![T::default(); rows.len() * columns];
+    let share = rows.len().div_ceil(threads.max(1)).max(1);
+    std::thread::scope(|scope| {
+        for (rows, out) in rows.chunks(share).zip(all.chunks_mut(share * columns)) {
+            scope.spawn(move || {
+                let mut values = vec![0.0; columns];
+                for ((matrix, row), out) in rows.iter().zip(out.chunks_exact_mut(columns)) {
+                    matrix.row(*row, &mut values);
+                    out.iter_mut().zip(&values).for_each(|(out, value)| *out = convert(*value));
+                }
+            });
+        }
+    });
+    all
+}
+
 /// One mapped safetensors file.
 pub(super) struct Shard {
     path: PathBuf,

@@ -1,0 +1,217 @@
+//! The engine on a GPU. Without one, all of it but ONNX Runtime's provider: memory, streams, copies and kernels are those of the
+//! stand-in of `kernels/tests/cuda/driver.c`, and the graph, in the form that a GPU gets, runs on the processor.
+
+mod parity_support;
+#[path = "../../kernels/tests/cuda/stand_in.rs"]
+mod stand_in;
+
+use forebay_schemas::{kv::TokenRange, sampling::Sampling};
+use forebay_workers::{
+    engine::{
+        Draw, Engine, EngineError, Row,
+        checkpoint::Checkpoint,
+        cuda::{CudaEngine, CudaOptions, Provider},
+        graph::Precision,
+        onnx::OpenError,
+    },
+    runner::{Output, Runner},
+    scheduler::{Budget, Sequence},
+};
+use parity_support::{CASES, Reference, alone, continued, dir, greedy, logits_apart, open};
+use std::sync::Arc;
+
+fn options() -> CudaOptions {
+    let device = stand_in::device();
+    let real = stand_in::is_real(&device);
+    CudaOptions {
+        slots: 4,
+        positions: 200,
+        chunk_tokens: 16,
+        threads: 2,
+        precision: if real { Precision::Bf16 } else { Precision::F32 },
+        provider: if real { Provider::Cuda } else { Provider::Cpu },
+        ..CudaOptions::default()
+    }
+}
+
+fn with_options(case: &str, options: &CudaOptions) -> Result<CudaEngine, OpenError> {
+    let mut engine = CudaEngine::with_checkpoint(&Checkpoint::open(&dir(case)).unwrap(), options)?;
+    engine.warm_up()?;
+    Ok(engine)
+}
+
+fn on_gpu(case: &str) -> CudaEngine {
+    with_options(case, &options()).unwrap()
+}
+
+/// On a GPU, tokens that bf16 rounds to others are no fault.
+fn is_exact() -> bool {
+    !stand_in::is_real(&stand_in::device())
+}
+
+#[test]
+fn it_agrees_with_transformers() {
+    for case in CASES {
+        let reference = Reference::read(case);
+        let mut engine = on_gpu(case);
+        let bound = if is_exact() { 1e-4 } else { 0.1 };
+        for (number, prompt) in reference.prompts.iter().enumerate() {
+            if is_exact() {
+                assert_eq!(alone(&mut engine, 1, &prompt.ids, 64), prompt.greedy, "{case}: prompt {number}");
+            }
+            engine.prefill(0, 0, &prompt.ids, Some(greedy(0))).unwrap();
+            let expected = reference.logits(&format!("last_logits.{number}"));
+            let apart = logits_apart(engine.row_logits(0).unwrap(), &expected);
+            assert!(apart < bound, "{case}: logits of prompt {number} are {apart} apart");
+        }
+    }
+}
+
+/// Rows in any slots, of unlike lengths, beside slots that nobody uses; drawn with a temperature as the CPU's engine draws.
+#[test]
+fn a_batch_is_its_rows() {
+    let case = CASES[2];
+    let prompts: Vec<Vec<u32>> = Reference::read(case).prompts.into_iter().map(|prompt| prompt.ids).collect();
+    let sampling = |seed| Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed };
+    let mut expected = Vec::new();
+    let mut cpu = open(case, Precision::F32);
+    for (seed, prompt) in (0..).zip(prompts.iter().take(2)) {
+        let sampling = sampling(seed);
+        let draw = |index| Draw { sampling: &sampling, index };
+        let mut tokens = vec![cpu.prefill(0, 0, prompt, Some(draw(0))).unwrap().unwrap().token];
+        let mut out = Vec::new();
+        for index in 1..20 {
+            let position = prompt.len() as u32 + index - 1;
+            let row = Row { slot: 0, position, token: tokens[tokens.len() - 1], draw: draw(index) };
+            cpu.decode(&[row], &[], &mut out).unwrap();
+            tokens.push(out[0].token);
+        }
+        expected.push(tokens);
+    }
+    let mut engine = on_gpu(case);
+    let samplings = [sampling(0), sampling(1)];
+    let slots = [3, 1];
+    let mut tokens: Vec<Vec<u32>> = Vec::new();
+    for ((slot, prompt), sampling) in slots.iter().zip(&prompts).zip(&samplings) {
+        let draw = Draw { sampling, index: 0 };
+        tokens.push(vec![engine.prefill(*slot, 0, prompt, Some(draw)).unwrap().unwrap().token]);
+    }
+    let mut out = Vec::new();
+    for index in 1..20 {
+        let row = |which: usize| Row {
+            slot: slots[which],
+            position: prompts[which].len() as u32 + index - 1,
+            token: tokens[which][index as usize - 1],
+            draw: Draw { sampling: &samplings[which], index },
+        };
+        let rows = [row(1), row(0)];
+        engine.decode(&rows, &[0, 0, 0, 0], &mut out).unwrap();
+        assert_eq!(out.len(), 2);
+        tokens[1].push(out[0].token);
+        tokens[0].push(out[1].token);
+    }
+    if is_exact() {
+        assert_eq!(tokens, expected);
+    }
+}
+
+/// What one engine saves, another one loads into another slot, and goes on.
+#[test]
+fn kv_is_moved_through_the_regions() {
+    let case = CASES[1];
+    let reference = Reference::read(case);
+    let prompt = &reference.prompts[1].ids;
+    assert!(prompt.len() > 3);
+    let (mut first, mut second) = (on_gpu(case), on_gpu(case));
+    let expected = alone(&mut first, 2, prompt, 30);
+    let token = first.prefill(2, 0, prompt, Some(greedy(0))).unwrap().unwrap().token;
+    let tokens = TokenRange { start: 0, count: prompt.len() as u32 };
+    // In two parts, as chunks of a prompt come.
+    let parts = [TokenRange { start: 0, count: 3 }, TokenRange { start: 3, count: tokens.count - 3 }];
+    parts.iter().for_each(|part| first.mover().unwrap().save(2, *part).unwrap());
+    let (from, into) = (first.card().layout, second.card().layout);
+    let planes = 0..2 * from.geometry.layers;
+    for ((from, bytes), (into, _)) in
+        from.pieces(2, tokens, planes.clone()).zip(into.pieces(0, tokens, planes))
+    {
+        let mut piece = vec![0; bytes];
+        first.kv().read(from, &mut piece);
+        second.kv().write(into, &piece);
+    }
+    drop(first);
+    second.reserve(0, tokens.count).unwrap();
+    second.mover().unwrap().load(0, tokens).unwrap();
+    assert_eq!(continued(&mut second, 0, prompt.len(), token, 30), expected);
+}
+
+/// Memory for one sequence, or a little more, and four that run: those that came last give theirs back and run again, and all come to the same
+/// tokens.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sequences_share_too_little_memory() {
+    let case = CASES[0];
+    let reference = Reference::read(case);
+    let prompt = reference.prompts[0].ids.clone();
+    let mut whole = with_options(case, &options()).unwrap();
+    let free = whole.device().free_bytes().unwrap();
+    let expected = alone(&mut whole, 0, &prompt, 150);
+    let one = whole.kv_bytes();
+    drop(whole);
+    let small = CudaOptions { memory: 1.6 * one as f64 / free as f64, ..options() };
+    let engine = CudaEngine::with_checkpoint(&Checkpoint::open(&dir(case)).unwrap(), &small).unwrap();
+    let runner = Runner::start(Box::new(engine), Budget { chunk_tokens: 16, step_tokens: 16 });
+    runner.started().await.unwrap();
+    let mut running = Vec::new();
+    for slot in 0..4 {
+        let sequence = Sequence {
+            slot,
+            tokens: prompt.clone(),
+            filled: 0,
+            sampling: Arc::new(Sampling::GREEDY),
+            next_index: 0,
+            remaining: 150,
+            eos: Arc::default(),
+        };
+        let mut outputs = runner.add(sequence).await.unwrap();
+        let runner = runner.clone();
+        running.push(tokio::spawn(async move {
+            let (mut tokens, mut begun) = (Vec::new(), 0);
+            while let Some(output) = outputs.recv().await {
+                match output {
+                    Output::Token(token) => tokens.push(token),
+                    // A prompt that is run after tokens were drawn was preempted.
+                    Output::Filled(_) => begun |= u32::from(!tokens.is_empty()),
+                    Output::Failed(error) => panic!("{error}"),
+                }
+            }
+            runner.free(slot).await;
+            (tokens, begun)
+        }));
+    }
+    let mut preempted = 0;
+    for running in running {
+        let (tokens, begun) = running.await.unwrap();
+        assert!(!is_exact() || tokens == expected, "{tokens:?} and not {expected:?}");
+        preempted += begun;
+    }
+    assert!(preempted > 0, "memory for one is enough for four");
+}
+
+#[test]
+fn what_does_not_fit_is_told() {
+    let case = CASES[0];
+    let error = with_options(case, &CudaOptions { memory: 1e-6, ..options() }).err().unwrap().to_string();
+    assert!(error.contains("a context of 199 tokens takes") && error.contains("--context"), "{error}");
+    let error = with_options(case, &CudaOptions { device: 99, ..options() }).err().unwrap().to_string();
+    assert!(error.contains("no GPU 99") && error.contains("--device cpu"), "{error}");
+}
+
+#[test]
+fn a_full_slot_and_unknown_tokens_are_errors() {
+    let mut engine = on_gpu(CASES[0]);
+    let (limit, vocab) = (engine.card().context_limit, engine.card().vocab);
+    assert_eq!(limit, 199);
+    let error = engine.prefill(0, limit - 1, &[1, 2], None).unwrap_err();
+    assert!(matches!(error, EngineError::ContextFull { .. }), "{error}");
+    let error = engine.prefill(0, 0, &[vocab], None).unwrap_err();
+    assert!(matches!(error, EngineError::UnknownToken { .. }), "{error}");
+}
