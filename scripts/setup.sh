@@ -5,6 +5,8 @@
 #   scripts/setup.sh          nats-server and ONNX Runtime: enough to run
 #   scripts/setup.sh dev      also cargo-deny, for `make check`
 #   scripts/setup.sh test     also the OpenAI client for Python, etcd and (x86_64) NVRTC, for `make test`
+#   scripts/setup.sh gpu      also what workers on GPUs need: NVRTC, ONNX Runtime for CUDA 13 and NVIDIA's libraries that it is
+#                             linked with (830 MB, x86_64 only; the driver is the machine's own)
 #   scripts/setup.sh cuda     also NVRTC, which compiles kernels for GPUs (90 MB, x86_64 only)
 #   scripts/setup.sh nixl     also NIXL and libclang, for builds with the feature `nixl` (150 MB, x86_64 only)
 #
@@ -42,14 +44,15 @@ run_pip() {
     }
 }
 
-# `download NAME PINS`: the one wheel that PINS names, into a folder of its own.
+# `download NAME PINS`: the wheels that PINS names, into a folder of their own.
 download() {
     need_pip
-    say "fetching $1 ($(grep -o '^[^ #]*==[^ ]*' "$2"))"
+    say "fetching $1 ($(grep -o '^[^ #]*==[^ ]*' "$2" | paste -sd ' '))"
     mkdir -p "$work/$1"
-    # The wheels are the same for every Python; 3.11 is only a name to ask for.
-    run_pip download --no-deps --implementation cp --python-version 311 --dest "$work/$1" -r "$2" \
-        --platform "manylinux_2_28_$arch" --platform "manylinux_2_17_$arch" --platform "manylinux2014_$arch"
+    # What is used of the wheels is the same for every Python; 3.11 is only a name to ask for, but not every wheel has it.
+    run_pip download --no-deps --implementation cp --python-version "${3:-311}" --dest "$work/$1" -r "$2" \
+        --platform "manylinux_2_28_$arch" --platform "manylinux_2_27_$arch" --platform "manylinux_2_17_$arch" \
+        --platform "manylinux2014_$arch"
 }
 
 # `fetch NAME PINS MEMBER TARGET`: the one file MEMBER of the wheel that PINS names, as TARGET.
@@ -124,27 +127,47 @@ PY
     keep_pins nixl "$pins"
 }
 
+# `unpack_libraries NAME`: the shared libraries of downloaded wheels that GPUs need, into $home/cuda.
+unpack_libraries() {
+    "$python" - "$work/$1" <<'PY'
+import pathlib, shutil, sys, zipfile
+folder = pathlib.Path(sys.argv[1])
+(folder / "cuda").mkdir()
+wanted = ("nvidia/cu13/lib/*.so.*", "onnxruntime/capi/libonnxruntime.so.*", "onnxruntime/capi/libonnxruntime_providers_[cs]*.so")
+for wheel in folder.glob("*.whl"):
+    with zipfile.ZipFile(wheel) as files:
+        for name in files.namelist():
+            path = pathlib.PurePath(name)
+            if any(path.match(pattern) for pattern in wanted) and ".alt." not in path.name and "nvblas" not in path.name:
+                with files.open(name) as source, open(folder / "cuda" / path.name, "wb") as out:
+                    shutil.copyfileobj(source, out)
+PY
+    mkdir -p $home/cuda
+    mv -f "$work/$1/cuda/"* $home/cuda/
+}
+
 # NVRTC and what it is built on; no GPU is needed to compile.
 fetch_nvrtc() {
-    local pins=scripts/setup/nvrtc.txt target=$home/cuda
+    local pins=scripts/setup/nvrtc.txt
     [ "$arch" = x86_64 ] || { say "no NVRTC to fetch for $arch; name the folder of libnvrtc.so.13 in FOREBAY_CUDA"; return; }
-    [ -e $target/libnvrtc.so.13 ] && is_current nvrtc "$pins" && return
+    [ -e $home/cuda/libnvrtc.so.13 ] && is_current nvrtc "$pins" && return
     download nvrtc "$pins"
-    "$python" - "$work/nvrtc" <<'PY'
-import pathlib, sys, zipfile
-folder = pathlib.Path(sys.argv[1])
-(wheel,) = folder.glob("*.whl")
-(folder / "cuda").mkdir()
-with zipfile.ZipFile(wheel) as files:
-    for name in files.namelist():
-        path = pathlib.PurePath(name)
-        if path.match("nvidia/cu13/lib/*.so.*") and ".alt." not in path.name:
-            (folder / "cuda" / path.name).write_bytes(files.read(name))
-PY
-    check "$work/nvrtc/cuda/libnvrtc.so.13"
-    rm -rf $target
-    mv "$work/nvrtc/cuda" $target
+    unpack_libraries nvrtc
+    check $home/cuda/libnvrtc.so.13
     keep_pins nvrtc "$pins"
+}
+
+# ONNX Runtime for GPUs. Its provider needs the driver, so that it can't be loaded on every machine.
+fetch_gpu() {
+    local pins=scripts/setup/gpu.txt
+    [ "$arch" = x86_64 ] || fail "no ONNX Runtime for GPUs to fetch for $arch: name a folder with it and CUDA 13's libraries in FOREBAY_CUDA"
+    fetch_nvrtc
+    [ -e $home/cuda/libonnxruntime_providers_cuda.so ] && is_current gpu "$pins" && return
+    download gpu "$pins" 312
+    rm -f $home/cuda/libonnxruntime*
+    unpack_libraries gpu
+    check $home/cuda/libcublasLt.so.13
+    keep_pins gpu "$pins"
 }
 
 # Debian's etcd, unpacked rather than installed: that takes no root, and starts no service. Without one, the tests that
@@ -182,7 +205,7 @@ if [ -z "${FOREBAY_NATS_SERVER:-}" ] || [ -z "${ORT_DYLIB_PATH:-}" ]; then
 fi
 command -v cargo >/dev/null || fail "cargo was not found: install Rust with rustup, which then takes the version in rust-toolchain.toml"
 command -v cc >/dev/null || fail "a C compiler is needed to build: apt-get install gcc"
-case ${1:-} in '' | dev | test | nixl | cuda) ;; *) fail "usage: scripts/setup.sh [dev|test|nixl|cuda]" ;; esac
+case ${1:-} in '' | dev | test | nixl | cuda | gpu) ;; *) fail "usage: scripts/setup.sh [dev|test|nixl|cuda|gpu]" ;; esac
 
 if [ -n "${FOREBAY_NATS_SERVER:-}" ]; then
     [ -x "$FOREBAY_NATS_SERVER" ] || fail "FOREBAY_NATS_SERVER names $FOREBAY_NATS_SERVER, which is no program"
@@ -203,6 +226,7 @@ nixl)
     fetch libclang scripts/setup/libclang.txt native/libclang.so $home/clang/libclang.so
     ;;
 cuda) fetch_nvrtc ;;
+gpu) fetch_gpu ;;
 test)
     fetch_python_packages
     fetch_etcd

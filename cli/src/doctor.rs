@@ -6,13 +6,16 @@ use crate::{
     model::ModelArgs,
 };
 use clap::Args;
-use forebay_kernels::Region;
+use forebay_kernels::{
+    Region,
+    cuda::{self, Kernels, NoDevice},
+};
 use forebay_streams::{registry::Registry, server::find_tool, settings::SettingsStore};
 use forebay_workers::{
     engine::{checkpoint::Checkpoint, library},
     kv::nixl::{NixlError, NixlOwner},
 };
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{fmt, path::PathBuf, process::Command, time::Duration};
 
 #[derive(Args, Debug)]
 pub(crate) struct DoctorArgs {
@@ -34,12 +37,13 @@ type Finding = Result<String, String>;
 
 pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     init_logging("error");
-    let checks: [(&str, Finding); 8] = [
+    let checks: [(&str, Finding); 9] = [
         ("processor", processor()),
         ("memory", memory()),
         ("open files", open_files()),
         ("shared memory", shared_memory()),
         ("ONNX Runtime", onnxruntime(args)),
+        ("GPU", gpu(args)),
         ("KV between workers", transports(args)),
         ("model", model(args)),
         ("nats-server", nats_program()),
@@ -109,6 +113,23 @@ fn onnxruntime(args: &DoctorArgs) -> Finding {
     library::load(args.model.engine.onnxruntime.as_deref())
         .map(|_| "loads".to_owned())
         .map_err(|error| error.to_string())
+}
+
+/// No GPU is no problem; one that can't be used is, and so is a driver that is too old.
+fn gpu(args: &DoctorArgs) -> Finding {
+    let device = match cuda::Device::open(0) {
+        Ok(device) => device,
+        Err(error @ (NoDevice::NoDriver | NoDevice::NoGpu)) => {
+            return Ok(format!("none ({error}); workers compute on the CPU"));
+        }
+        Err(error) => return Err(error.to_string()),
+    };
+    let missing = |error: &dyn fmt::Display| format!("{}: {error}", device.facts());
+    Kernels::load(&device, library::cuda_folder().as_deref(), None).map_err(|error| missing(&error))?;
+    // Checked last: the ONNX Runtime that was loaded above stays for the life of this process.
+    library::find_cuda(args.model.engine.onnxruntime.as_deref()).map_err(|error| missing(&error))?;
+    let free = device.free_bytes().map_err(|error| error.to_string())?;
+    Ok(format!("{}, {} GiB free", device.facts(), free >> 30))
 }
 
 /// Shared memory and TCP are always there; NIXL has to show that it can serve a region.

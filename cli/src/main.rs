@@ -5,10 +5,12 @@ mod bench;
 mod cancel;
 mod config;
 mod demo;
+mod device;
 mod dlq;
 mod doctor;
 mod export;
 mod gateway;
+mod gpu_check;
 mod kv;
 mod log;
 mod model;
@@ -70,6 +72,8 @@ enum Command {
     Config(settings::ConfigArgs),
     /// Check this machine, the NATS server and a model, and say what to do about problems.
     Doctor(doctor::DoctorArgs),
+    /// Check that a GPU computes what a CPU computes, and measure it.
+    GpuCheck(gpu_check::GpuCheckArgs),
     /// Measure: the control plane, the engine, KV reads, or any OpenAI-compatible server.
     Bench(bench::BenchArgs),
 }
@@ -108,6 +112,7 @@ fn run(command: Command, settings: Vec<(String, String)>) -> anyhow::Result<()> 
         Command::Dlq(args) => dlq::run(&args),
         Command::Config(args) => settings::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::GpuCheck(args) => gpu_check::run(args),
         Command::Bench(args) => bench::run(args),
     }
 }

@@ -1,5 +1,6 @@
 //! Which model: a folder, a Hugging Face id, or the built-in one.
 
+use crate::device::{Device, DeviceArgs};
 use anyhow::{Context, bail};
 use clap::{
     Args,
@@ -46,10 +47,13 @@ pub(crate) struct EngineArgs {
     /// `onnx` runs the model; `sim` pretends to, for load and chaos tests.
     #[arg(long, env = "FOREBAY_ENGINE", default_value = "onnx", value_parser = ["onnx", "sim"], value_name = "ENGINE")]
     pub(crate) engine: String,
-    /// Precision of the weights: int4, int8, fp32, or auto (int4, but fp32 for models under 200 MB).
-    #[arg(long, env = "FOREBAY_WEIGHTS", default_value = "auto", value_parser = ["auto", "int4", "int8", "fp32"], value_name = "TYPE")]
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
+    /// Precision of the weights: int4, int8, on a CPU fp32, on a GPU bf16 or fp16, or auto (on a CPU int4, but fp32 for models
+    /// under 200 MB; on a GPU bf16).
+    #[arg(long, env = "FOREBAY_WEIGHTS", default_value = "auto", value_parser = ["auto", "int4", "int8", "fp32", "bf16", "fp16"], value_name = "TYPE")]
     pub(crate) weights: String,
-    /// Elements that share one scale in int4 and int8: 32 is more accurate, 128 faster.
+    /// Elements that share one scale in int4 and int8: 32 is more accurate, and on a CPU 128 faster.
     #[arg(long, env = "FOREBAY_BLOCK", default_value = "32", value_parser = block_size(), value_name = "N")]
     pub(crate) block: usize,
     /// Longest context in tokens; longer ones of the model are cut to this.
@@ -107,8 +111,16 @@ impl ModelArgs {
 }
 
 impl EngineArgs {
-    /// Opens the engine on a model with that vocabulary, with that many slots.
-    pub(crate) fn open(&self, model: &FoundModel, vocab: u32, slots: u32) -> anyhow::Result<Box<dyn Engine>> {
+    /// Opens the engine on a model with that vocabulary, with that many slots, for chunks of prompts of that many tokens.
+    /// `data` is where compiled kernels are kept.
+    pub(crate) fn open(
+        &self,
+        device: Device,
+        model: &FoundModel,
+        vocab: u32,
+        (slots, chunk_tokens): (u32, u32),
+        data: &Path,
+    ) -> anyhow::Result<Box<dyn Engine>> {
         let positions = self.context + 1;
         if self.engine == "sim" {
             tracing::warn!("simulated engine: tokens mean nothing");
@@ -122,6 +134,9 @@ impl EngineArgs {
             return Ok(Box::new(SimEngine::new(options)?));
         }
         let checkpoint = forebay_workers::engine::checkpoint::Checkpoint::open(&model.folder)?;
+        if let Device::Cuda(number) = device {
+            return self.open_cuda(&checkpoint, number, slots, chunk_tokens, data);
+        }
         let longest = checkpoint.config().positions_max as u32;
         let options = OnnxOptions {
             precision: self.precision(&model.folder)?,
@@ -139,6 +154,7 @@ impl EngineArgs {
             "int4" => Precision::Int4 { block: self.block },
             "int8" => Precision::Int8 { block: self.block },
             "fp32" => Precision::F32,
+            "bf16" | "fp16" => bail!("--weights {} is for GPUs: a CPU has int4, int8 and fp32", self.weights),
             _ if weight_bytes(folder)? < INT4_FROM_BYTES => Precision::F32,
             _ => Precision::Int4 { block: self.block },
         })

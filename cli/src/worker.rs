@@ -26,13 +26,13 @@ pub(crate) struct WorkArgs {
     /// for all workers while they run.
     #[arg(long, env = "FOREBAY_MAX_PREFILL_QUEUE_SIZE", default_value_t = 64, value_name = "TASKS")]
     max_prefill_queue_size: u32,
-    /// Tokens of prompts that are run at once while nothing decodes.
-    #[arg(long, env = "FOREBAY_CHUNK", default_value_t = 256, value_name = "TOKENS")]
-    chunk: u32,
+    /// Tokens of prompts that are run at once while nothing decodes. Default: 256 on a CPU, 2048 on a GPU.
+    #[arg(long, env = "FOREBAY_CHUNK", value_name = "TOKENS")]
+    chunk: Option<u32>,
     /// Tokens of a step while something decodes: one for each running answer, the rest for prompts. Less keeps the
-    /// pace of answers, more lets prompts through.
-    #[arg(long, env = "FOREBAY_STEP_TOKENS", default_value_t = 32, value_name = "TOKENS")]
-    step_tokens: u32,
+    /// pace of answers, more lets prompts through. Default: 32 on a CPU, 512 on a GPU.
+    #[arg(long, env = "FOREBAY_STEP_TOKENS", value_name = "TOKENS")]
+    step_tokens: Option<u32>,
     /// GiB of memory for the KV of prefixes that were seen before; 0 turns the prefix cache off.
     #[arg(long, env = "FOREBAY_CACHE_GIB", default_value_t = 2.0, value_name = "GIB")]
     cache_gib: f64,
@@ -61,7 +61,7 @@ pub(crate) struct WorkerArgs {
     registry: RegistryArgs,
     #[command(flatten)]
     model: ModelArgs,
-    /// Sequences that the worker holds at once. Default: 8 to decode, 4 to prefill.
+    /// Sequences that the worker holds at once. Default: to decode 8 on a CPU and 64 on a GPU, to prefill 4 and 8.
     #[arg(long, env = "FOREBAY_SLOTS", value_name = "N")]
     slots: Option<u32>,
     #[command(flatten)]
@@ -83,11 +83,19 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     init_logging("info");
     end_with_parent();
     let role = if args.role == "prefill" { Role::Prefill } else { Role::Decode };
-    let model = args.model.find(&data_folder(args.data))?;
+    let data = data_folder(args.data);
+    let model = args.model.find(&data)?;
     let text = ModelText::open(&model.folder)?;
-    let slots = args.slots.unwrap_or(if role == Role::Decode { 8 } else { 4 }).max(1);
+    let device = args.model.engine.device();
+    let slots = match role {
+        Role::Decode => device.pick(8, 64),
+        Role::Prefill => device.pick(4, 8),
+    };
+    let slots = args.slots.unwrap_or(slots).max(1);
+    let chunk_tokens = args.work.chunk.unwrap_or(device.pick(256, 2048)).max(1);
+    let vocab = text.tokenizer.get_vocab_size(true) as u32;
     let begun = std::time::Instant::now();
-    let engine = args.model.engine.open(&model, text.tokenizer.get_vocab_size(true) as u32, slots)?;
+    let engine = args.model.engine.open(device, &model, vocab, (slots, chunk_tokens), &data)?;
     tracing::info!(
         model = model.name,
         weights = engine.card().weights,
@@ -98,8 +106,8 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         role,
         max_local_prefill_length: args.work.max_local_prefill_length,
         max_prefill_queue_size: args.work.max_prefill_queue_size,
-        chunk_tokens: args.work.chunk,
-        step_tokens: args.work.step_tokens,
+        chunk_tokens,
+        step_tokens: args.work.step_tokens.unwrap_or(device.pick(32, 512)),
         cache_bytes: (args.work.cache_gib.max(0.0) * f64::from(1 << 30)) as u64,
         overlap: !args.work.bench_no_overlap,
         kv_lease: Duration::from_secs(args.work.kv_lease_s),

@@ -91,6 +91,8 @@ async fn what_a_dead_prefill_worker_had_goes_to_another() {
     deployment.simulate(Duration::ZERO);
     deployment.set("FOREBAY_CHUNK", "4");
     deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", "50000");
+    // A decode worker that finds it dead in a read computes the KV itself.
+    deployment.set("FOREBAY_BENCH_NO_OVERLAP", "true");
     let (_decode, mut first) = tokio::join!(deployment.decode(), deployment.prefill());
     let gateway = deployment.gateway(&[]).await;
     let stream = gateway.client.stream(&chat()).await;

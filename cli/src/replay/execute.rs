@@ -23,9 +23,12 @@ pub(super) fn run(
     chunk: u32,
 ) -> anyhow::Result<()> {
     let state = fold(&export.events, export.events.len())?;
-    let model = args.find(&data_folder(data))?;
+    let data = data_folder(data);
+    let model = args.find(&data)?;
     let text = ModelText::open(&model.folder)?;
-    let mut engine = args.engine.open(&model, text.tokenizer.get_vocab_size(true) as u32, 1)?;
+    let vocab = text.tokenizer.get_vocab_size(true) as u32;
+    let mut engine = args.engine.open(args.engine.device(), &model, vocab, (1, chunk), &data)?;
+    engine.warm_up()?;
     request(&state).iter().try_for_each(print)?;
     engine_lines(export, engine.card(), &model.name).iter().try_for_each(print)?;
     check_context(&state, engine.card())?;

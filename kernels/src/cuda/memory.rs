@@ -180,6 +180,24 @@ impl Stream {
         Ok(())
     }
 
+    /// Queues a copy of one buffer of the GPU to another.
+    ///
+    /// # Panics
+    /// If they differ in length.
+    pub fn copy_within<T: Plain>(
+        &self,
+        from: &DeviceBuffer<T>,
+        into: &DeviceBuffer<T>,
+    ) -> Result<(), DeviceError> {
+        assert_eq!(from.len, into.len, "buffers of other lengths");
+        self.device.bind()?;
+        // SAFETY: both have so many elements, and wait for the copy before they go.
+        unsafe {
+            result::memcpy_dtod_async(into.address, from.address, from.len * size_of::<T>(), self.raw())
+        }
+        .doing("copying within the GPU")
+    }
+
     /// The last use is then the end of all of them.
     fn after_use(&self, used: Option<&Mark>) -> Result<(), DeviceError> {
         used.map_or(Ok(()), |used| self.after(used))

@@ -382,6 +382,9 @@ EXPORT int cuMemcpyHtoDAsync_v2(u8 *into, const void *from, size_t bytes, Stream
 EXPORT int cuMemcpyDtoHAsync_v2(void *into, const u8 *from, size_t bytes, Stream *stream) {
     LOCKED(copy(stream, (Job){.kind = COPY, .into = into, .from = from, .width = bytes, .height = 1}, 1, 0));
 }
+EXPORT int cuMemcpyDtoDAsync_v2(u8 *into, const u8 *from, size_t bytes, Stream *stream) {
+    LOCKED(copy(stream, (Job){.kind = COPY, .into = into, .from = from, .width = bytes, .height = 1}, 1, 1));
+}
 
 typedef struct {
     size_t from_x, from_y;

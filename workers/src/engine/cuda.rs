@@ -4,6 +4,8 @@
 //! bus. Prompts run chunk by chunk without a graph. KV lies in an [`Arena`]; the region that other workers read mirrors it, slot
 //! for slot, and [`CudaKv`] copies between the two on streams of their own.
 
+pub mod peak;
+
 pub use super::binding::Provider;
 use super::{
     Draw, Engine, EngineCard, EngineError, KvMover, Row, Sampled,
@@ -89,7 +91,7 @@ impl Default for CudaOptions {
 pub enum CudaOpenError {
     /// There is no GPU to use.
     #[error("{0}; --device cpu runs without one")]
-    Device(#[from] NoDevice),
+    Device(NoDevice),
     /// Our kernels can't be loaded.
     #[error(transparent)]
     Kernels(#[from] LoadError),
@@ -146,7 +148,7 @@ impl From<DeviceError> for OpenError {
 
 impl From<NoDevice> for OpenError {
     fn from(error: NoDevice) -> OpenError {
-        CudaOpenError::from(error).into()
+        CudaOpenError::Device(error).into()
     }
 }
 
@@ -180,6 +182,8 @@ pub struct CudaEngine {
     logit_rows: Vec<u32>,
     logits_copy: Option<HostBuffer<f32>>,
     memory: f64,
+    /// Bytes of weights that every step reads.
+    weight_bytes: u64,
 }
 
 /// A batch size that decode steps have.
@@ -282,6 +286,7 @@ impl CudaEngine {
             logits_copy: None,
             provider: options.provider,
             memory: options.memory,
+            weight_bytes: graph::step_bytes(checkpoint, options.precision),
             kv: Arc::new(kv),
             card,
             kernels,
@@ -299,6 +304,12 @@ impl CudaEngine {
     /// Bytes of KV that have memory.
     pub fn kv_bytes(&self) -> usize {
         self.kv.arena.backed_bytes()
+    }
+
+    /// Bytes that a decode step of one row reads, at least: the weights, and the KV of `context` tokens.
+    pub fn step_bytes(&self, context: u32) -> u64 {
+        let kv = self.card.layout.geometry.bytes_per_token() as u64;
+        self.weight_bytes + kv * u64::from(context)
     }
 
     /// Draws the first rows of the logits, and waits for the tokens.

@@ -147,24 +147,32 @@ pub(super) fn build(
 
 /// Bytes that a checkpoint's weights take in memory.
 pub(super) fn weight_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
+    let (table, stored) = table(checkpoint);
+    let shared = checkpoint.config().tied && precision.scheme().is_none();
+    // A tied head that is quantized has a copy of the table.
+    step_bytes(checkpoint, precision) + if shared { 0 } else { (table * stored) as u64 }
+}
+
+/// Bytes of weights that every step reads: of a table that tokens are looked up in, next to nothing.
+pub(super) fn step_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
+    let elements = |shape: &Vec<usize>| shape.iter().product::<usize>();
     let tensors = tensors_of(checkpoint.config());
-    let bytes = |(name, shape): &(String, Vec<usize>)| {
-        let elements: usize = shape.iter().product();
-        let stored = checkpoint.tensor(name).dtype().bytes();
-        let whole = match precision {
-            Precision::F32 => 4 * elements,
-            _ => 2 * elements,
-        };
-        let packed = match precision.scheme() {
-            // Codes, and a scale of two bytes for each block.
-            Some(scheme) => elements * scheme.bits / 8 + elements / scheme.block * 2,
-            None => whole,
-        };
-        let is_table = name == "model.embed_tokens.weight";
-        (if is_table { elements * stored } else { packed })
-            + if is_table && checkpoint.config().tied && precision.scheme().is_some() { packed } else { 0 }
+    let all: usize = tensors.iter().map(|(_, shape)| elements(shape)).sum();
+    // A tied table is the head's matrix.
+    let read = if checkpoint.config().tied { all } else { all - table(checkpoint).0 };
+    let bytes = match (precision.scheme(), precision) {
+        // Codes, and a scale of two bytes for each block.
+        (Some(scheme), _) => read * scheme.bits / 8 + read / scheme.block * 2,
+        (None, Precision::F32) => 4 * read,
+        (None, _) => 2 * read,
     };
-    tensors.iter().map(bytes).sum::<usize>() as u64
+    bytes as u64
+}
+
+/// Elements of the table that tokens are looked up in, and bytes of each.
+fn table(checkpoint: &Checkpoint) -> (usize, usize) {
+    let table = checkpoint.tensor("model.embed_tokens.weight");
+    (table.rows() * table.columns(), table.dtype().bytes())
 }
 
 struct Builder<'a> {

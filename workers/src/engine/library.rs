@@ -1,9 +1,10 @@
 //! Finds and loads `libonnxruntime`, once for the process.
 
+use forebay_kernels::cuda;
 use ort::{LoadDynamicError, environment::Environment};
 use std::{
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 /// Why ONNX Runtime could not be loaded. Each says what to do.
@@ -74,34 +75,35 @@ pub fn load(explicit: Option<&Path>) -> Result<Environment, LibraryError> {
     open(path).map(|environment| loaded.insert(environment).clone())
 }
 
-/// Loads an ONNX Runtime that computes on GPUs too, and what it needs: from `explicit` or the first of `ORT_DYLIB_PATH` and
-/// [`cuda_folder`] that is there. NVIDIA's libraries are taken from that folder, or from where the system's loader looks.
+/// Loads an ONNX Runtime that computes on GPUs too, and what it needs: see [`find_cuda`].
 pub fn load_cuda(explicit: Option<&Path>) -> Result<Environment, LibraryError> {
     let mut loaded = loaded();
     if let Some(environment) = &*loaded {
         return Ok(environment.clone());
     }
+    let path = find_cuda(explicit)?;
+    open(path).map(|environment| loaded.insert(environment).clone())
+}
+
+/// An ONNX Runtime that computes on GPUs too: `explicit`, or the first that is there of `ORT_DYLIB_PATH` and [`cuda_folder`].
+/// What NVIDIA's libraries it needs are loaded, from that folder or from where the system's loader looks.
+pub fn find_cuda(explicit: Option<&Path>) -> Result<PathBuf, LibraryError> {
+    let none = |name: &str, cause: String| LibraryError::NoCuda { name: name.to_owned(), cause };
     let folder = cuda_folder();
     let path = match (named(explicit)?, &folder) {
         (Some(path), _) => path,
-        (None, Some(folder)) => newest_in(folder).ok_or_else(|| LibraryError::NoCuda {
-            name: NAME.to_owned(),
-            cause: format!("{} has none", folder.display()),
-        })?,
-        (None, None) => {
-            let cause = "no .forebay/cuda here or above".to_owned();
-            return Err(LibraryError::NoCuda { name: NAME.to_owned(), cause });
+        (None, Some(folder)) => {
+            newest_in(folder).ok_or_else(|| none(NAME, format!("{} has none", folder.display())))?
         }
+        (None, None) => return Err(none(NAME, "there is no .forebay/cuda here or above".to_owned())),
     };
     if !path.with_file_name(CUDA_PROVIDER).is_file() {
-        let cause = format!("{} is for CPUs only", path.display());
-        return Err(LibraryError::NoCuda { name: CUDA_PROVIDER.to_owned(), cause });
+        return Err(none(CUDA_PROVIDER, format!("{} is for CPUs only", path.display())));
     }
     for name in CUDA_LIBRARIES {
-        forebay_kernels::cuda::preload(folder.as_deref(), name)
-            .map_err(|cause| LibraryError::NoCuda { name: name.to_owned(), cause })?;
+        cuda::preload(folder.as_deref(), name).map_err(|cause| none(name, cause))?;
     }
-    open(path).map(|environment| loaded.insert(environment).clone())
+    Ok(path)
 }
 
 /// The folder of libraries for GPUs: `FOREBAY_CUDA`, or `.forebay/cuda` in the working directory, in the executable's, or in one
@@ -118,6 +120,13 @@ fn loaded() -> MutexGuard<'static, Option<Environment>> {
     LOADED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The file that ONNX Runtime was loaded from, if it was.
+pub fn loaded_from() -> Option<&'static Path> {
+    LOADED_FROM.get().map(PathBuf::as_path)
+}
+
+static LOADED_FROM: OnceLock<PathBuf> = OnceLock::new();
+
 fn open(path: PathBuf) -> Result<Environment, LibraryError> {
     let builder = ort::init_from(&path).map_err(|error| match error {
         LoadDynamicError::BadVersion { version_str, path } => {
@@ -129,7 +138,10 @@ fn open(path: PathBuf) -> Result<Environment, LibraryError> {
         other => LibraryError::Unusable { path: path.clone(), reason: other.to_string() },
     })?;
     let environment = builder.with_name("forebay").with_telemetry(false).build();
-    environment.map_err(|error| LibraryError::Unusable { path, reason: error.to_string() })
+    let environment = environment
+        .map_err(|error| LibraryError::Unusable { path: path.clone(), reason: error.to_string() })?;
+    let _ = LOADED_FROM.set(path);
+    Ok(environment)
 }
 
 /// The file that is named, if one is.

@@ -26,6 +26,18 @@ impl ModelConfig {
             tied: true,
         }
     }
+
+    /// The shape of Qwen3-8B.
+    pub fn qwen3_8b() -> ModelConfig {
+        ModelConfig {
+            hidden: 4096,
+            layers: 36,
+            heads: 32,
+            intermediate: 12_288,
+            tied: false,
+            ..ModelConfig::qwen3_0_6b()
+        }
+    }
 }
 
 /// Writes `config.json` and a bf16 `model.safetensors` of that shape into a directory, which is made if need be.
