@@ -111,6 +111,7 @@ fn chat(request: &ResponsesRequest, conversation: &[Said]) -> ChatRequest {
         temperature: request.temperature,
         top_p: request.top_p,
         top_k: request.top_k,
+        min_p: request.min_p,
         seed: request.seed,
         stop: request.stop.clone(),
         ignore_eos: request.ignore_eos,

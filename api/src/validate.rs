@@ -42,6 +42,8 @@ pub(crate) fn params(request: &ChatRequest, card: &ModelCard, drawn_seed: u64) -
             invalid("top_k", format!("top_k is {k}; give 0 or -1 for all tokens, or how many to keep"))
         })?,
     };
+    let min_p = request.min_p.unwrap_or(0.0);
+    within("min_p", min_p, (0.0..=1.0).contains(&min_p), "from 0 to 1")?;
     let (name, max_tokens) = match request.max_completion_tokens {
         Some(most) => ("max_completion_tokens", Some(most)),
         None => ("max_tokens", request.max_tokens),
@@ -56,6 +58,7 @@ pub(crate) fn params(request: &ChatRequest, card: &ModelCard, drawn_seed: u64) -
             top_p,
             top_k,
             seed: request.seed.map_or(drawn_seed, |seed| seed as u64),
+            min_p,
         },
         max_tokens,
         stop: stop(request)?,

@@ -1,12 +1,10 @@
 // Draws the next token of each row, exactly as `kernels/src/sampler.rs` does: the same bits of every weight, and sums
 // of whole numbers, which are the same in any order.
-#include "kernel.h"
+#include "weights.h"
 
-#define THREADS_MAX 1024
 #define DIGIT_BITS 8
 #define DIGITS (1 << DIGIT_BITS)
 #define NOT_FINITE 0xffffffffu // Instead of a token.
-#define INFINITE BITS_FLOAT(0x7f800000u)
 
 // How a row's token is drawn.
 typedef struct {
@@ -14,6 +12,7 @@ typedef struct {
     u32 top_k;         // 0: all.
     u64 top_p;         // Parts in 2^32; 2^32: all.
     u64 random;        // The request's random bits for this token.
+    float min_p;       // Parts of the largest weight; 0: all.
 } Draw;
 
 // Which tokens are kept: those that weigh more than the least one, and the first `ties` of its weight.
@@ -24,72 +23,17 @@ typedef struct {
 
 // What the threads of a block tell each other.
 typedef struct {
-    u64 sums[THREADS_MAX];
-    float maxima[THREADS_MAX];
+    Together together;
     u64 bins[DIGITS];
     u64 above;
     u32 digit;
     u32 first;
 } Board;
 
-// e^x for x <= 0, by the same polynomial.
-DEVICE float exponential(float x) {
-    const float round = 12582912.0f, clamped = x > -87.0f ? x : -87.0f;
-    const float rounded = F_ADD(F_MUL(clamped, 1.44269504f), round), n = F_ADD(rounded, -round);
-    const float r = F_ADD(F_ADD(clamped, -F_MUL(n, 0.6933594f)), -F_MUL(n, -2.1219444e-4f));
-    float p = 1.9875691e-4f;
-    p = F_ADD(F_MUL(p, r), 1.3981999e-3f);
-    p = F_ADD(F_MUL(p, r), 8.333452e-3f);
-    p = F_ADD(F_MUL(p, r), 4.1665796e-2f);
-    p = F_ADD(F_MUL(p, r), 0.16666665f);
-    p = F_ADD(F_MUL(p, r), 0.5f);
-    const float scale = BITS_FLOAT((FLOAT_BITS(rounded) << 23) + (127u << 23));
-    const float value = F_MUL(F_ADD(F_ADD(F_MUL(F_MUL(p, r), r), r), 1.0f), scale);
-    return x > -87.0f ? value : 0.0f;
-}
-
-// A weight in parts of 2^40, to the nearest.
-DEVICE u64 mass(float weight) { return DOUBLE_BITS(D_ADD((double)weight, 4096.0)) - DOUBLE_BITS(4096.0); }
-
-DEVICE u64 mass_of_bits(u32 bits) { return mass(BITS_FLOAT(bits)); }
-
 // What a nucleus must reach: `part` / 2^32 of a mass, rounded down, and at least 1.
 DEVICE u64 nucleus(u64 whole, u64 part) {
     const u64 product = MUL_HIGH(whole, part) << 32 | whole * part >> 32;
     return product > 0 ? product : 1;
-}
-
-// The sum of the values of all threads, and of those before this one.
-DEVICE u64 sum_before(Board *board, u64 value, u64 *all) {
-    SYNC();
-    board->sums[THREAD] = value;
-    SYNC();
-    for (u32 width = 1; width < THREADS; width *= 2) {
-        const u64 other = THREAD >= width ? board->sums[THREAD - width] : 0;
-        SYNC();
-        board->sums[THREAD] += other;
-        SYNC();
-    }
-    *all = board->sums[THREADS - 1];
-    return board->sums[THREAD] - value;
-}
-
-DEVICE u64 sum_of_all(Board *board, u64 value) {
-    u64 all;
-    sum_before(board, value, &all);
-    return all;
-}
-
-DEVICE float max_of_all(Board *board, float value) {
-    SYNC();
-    board->maxima[THREAD] = value;
-    SYNC();
-    for (u32 width = THREADS / 2; width > 0; width /= 2) {
-        if (THREAD < width && board->maxima[THREAD + width] > board->maxima[THREAD])
-            board->maxima[THREAD] = board->maxima[THREAD + width];
-        SYNC();
-    }
-    return board->maxima[0];
 }
 
 // Of what `within` keeps, the most probable tokens that together reach `target`: in mass, or in number. The least weight among
@@ -142,16 +86,11 @@ KERNEL sample(float *logits, u32 vocab, const Draw *draws, u32 *tokens) {
     float *weights = logits + (u64)BLOCK * vocab;
     const Draw draw = draws[BLOCK];
 
-    float largest = -INFINITE;
-    u64 bad = 0;
-    for (u32 id = THREAD; id < vocab; id += THREADS) {
-        largest = weights[id] > largest ? weights[id] : largest;
-        bad += weights[id] != weights[id];
-    }
+    Together *together = &board->together;
+    int finite;
     if (THREAD == 0) board->first = vocab;
-    largest = max_of_all(board, largest);
-    bad = sum_of_all(board, bad);
-    if (bad > 0 || largest == INFINITE || largest == -INFINITE) {
+    const float largest = largest_of(together, weights, vocab, &finite);
+    if (!finite) {
         if (THREAD == 0) tokens[BLOCK] = NOT_FINITE;
         return;
     }
@@ -169,7 +108,7 @@ KERNEL sample(float *logits, u32 vocab, const Draw *draws, u32 *tokens) {
         weights[id] = exponential(F_DIV(F_ADD(weights[id], -largest), draw.temperature));
         own += mass(weights[id]);
     }
-    u64 whole = sum_of_all(board, own);
+    u64 whole = sum_of_all(together, own);
     // All; those that weigh nothing are never drawn.
     Cut kept = {0, 0};
     if (draw.top_k > 0 && draw.top_k < vocab) {
@@ -178,9 +117,15 @@ KERNEL sample(float *logits, u32 vocab, const Draw *draws, u32 *tokens) {
         for (u32 id = THREAD; id < vocab; id += THREADS) {
             if (FLOAT_BITS(weights[id]) > kept.least) own += mass(weights[id]);
         }
-        whole = sum_of_all(board, own) + kept.ties * mass_of_bits(kept.least);
+        whole = sum_of_all(together, own) + kept.ties * mass_of_bits(kept.least);
     }
     if (draw.top_p < 1ull << 32) kept = cut(board, weights, vocab, kept, nucleus(whole, draw.top_p), 1);
+
+    if (draw.min_p > 0.0f && FLOAT_BITS(draw.min_p) > kept.least) {
+        // More than the number before it is as much as this one.
+        const Cut higher = {FLOAT_BITS(draw.min_p) - 1, 0};
+        kept = higher;
+    }
 
     // A stretch of ids for each thread.
     const u32 stretch = (vocab + THREADS - 1) / THREADS;
@@ -188,13 +133,13 @@ KERNEL sample(float *logits, u32 vocab, const Draw *draws, u32 *tokens) {
     const u32 end = vocab - begin < stretch ? vocab : begin + stretch;
     own = 0;
     for (u32 id = begin; id < end; id += 1) own += FLOAT_BITS(weights[id]) == kept.least;
-    const u32 before = (u32)sum_before(board, own, &whole);
+    const u32 before = (u32)sum_before(together, own, &whole);
     u32 ties = before;
     own = 0;
     for (u32 id = begin; id < end; id += 1) {
         if (is_kept(weights[id], kept, &ties)) own += mass(weights[id]);
     }
-    const u64 passed = sum_before(board, own, &whole), at = MUL_HIGH(whole, draw.random);
+    const u64 passed = sum_before(together, own, &whole), at = MUL_HIGH(whole, draw.random);
     if (at < passed || at - passed >= own) return;
     u64 left = at - passed;
     ties = before;

@@ -7,6 +7,7 @@ mod arena;
 mod backing;
 mod compile;
 mod device;
+mod draw;
 mod memory;
 mod transfer;
 
@@ -16,7 +17,10 @@ pub use device::{Device, DeviceError, DeviceFacts, Mark, NoDevice, Stream};
 pub use memory::{DeviceBuffer, HostBuffer, PinnedRegion, Plain};
 pub use transfer::{Direction, HostSlot, Kernels, LoadError};
 
-use crate::sampler::{nucleus_part, random};
+use crate::{
+    adjust::Penalties,
+    sampler::{nucleus_part, random},
+};
 use forebay_schemas::{
     kv::{KvLayout, TokenRange},
     sampling::Sampling,
@@ -33,14 +37,42 @@ pub struct RowDraw {
     top_k: u32,
     top_p: u64,
     random: u64,
+    min_p: f32,
+    // To the end of the last eight bytes.
+    unused: u32,
 }
 
 impl RowDraw {
     /// For the token with number `index` of an output.
     pub fn new(sampling: &Sampling, index: u32) -> RowDraw {
-        let Sampling { temperature, top_p, top_k, seed } = *sampling;
-        RowDraw { temperature, top_k, top_p: nucleus_part(top_p), random: random(seed, index) }
+        let Sampling { temperature, top_p, top_k, seed, min_p } = *sampling;
+        let (top_p, random) = (nucleus_part(top_p), random(seed, index));
+        RowDraw { temperature, top_k, top_p, random, min_p, unused: 0 }
     }
+}
+
+/// How `adjust` changes the logits of one row: `RowAdjustment` in `adjust.cu`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+pub struct RowAdjustment {
+    /// How much what was seen counts.
+    pub penalties: Penalties,
+    /// Where the row's tokens begin in the list of all.
+    pub first: u32,
+    /// How many there are.
+    pub count: u32,
+    /// 1 if the row has a mask.
+    pub masked: u32,
+}
+
+/// A token with its logit: `Probable` in `adjust.cu`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+pub struct Probable {
+    /// Its id.
+    pub token: u32,
+    /// Its logit.
+    pub logit: f32,
 }
 
 /// Which pieces `kv_copy` moves on one of its sides, with a block for each: `Pieces` in `kv.cu`.

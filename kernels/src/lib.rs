@@ -2,6 +2,7 @@
 //! it from; how tokens are drawn; and the same for GPUs ([`cuda`]). With the thin ONNX Runtime binding in
 //! `forebay-workers`, this is the only place for `unsafe`.
 
+mod adjust;
 mod copy;
 pub mod cuda;
 mod region;
@@ -10,6 +11,7 @@ mod socket;
 mod wide;
 mod words;
 
+pub use adjust::{Normalizer, Penalties, TokenAdjustment, adjust, most_probable};
 pub use copy::{Checksum, checksum, copy_summed};
 pub use region::{Region, RegionError};
 pub use sampler::{NotFinite, exp, sample};

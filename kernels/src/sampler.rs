@@ -14,8 +14,8 @@ pub struct NotFinite;
 
 /// Draws the token with number `index` of an output.
 ///
-/// Temperature, then the `top_k` most probable, then the nucleus `top_p` of those; among equally probable
-/// tokens the lower id comes first. Overwrites `logits` (one for each token of the vocabulary).
+/// Temperature, then the `top_k` most probable, then the nucleus `top_p` of those, then those that have at least `min_p` of the
+/// largest probability; among equally probable tokens the lower id comes first. Overwrites `logits` (one for each token of the vocabulary).
 pub fn sample(logits: &mut [f32], sampling: &Sampling, index: u32) -> Result<u32, NotFinite> {
     let max = largest(logits)?;
     if sampling.temperature <= 0.0 {
@@ -28,7 +28,8 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling, index: u32) -> Result<u32
     let last = least_kept(weights, sampling);
     for (id, weight) in weights.iter_mut().enumerate() {
         let kept = *weight > last.weight || (*weight == last.weight && id as u32 <= last.id);
-        *weight = if kept { *weight } else { 0.0 };
+        // The largest weight is 1.
+        *weight = if kept && *weight >= sampling.min_p { *weight } else { 0.0 };
     }
     Ok(draw(weights, random(sampling.seed, index)))
 }
@@ -57,7 +58,7 @@ fn draw(weights: &[f32], at: u64) -> u32 {
 const CHUNK: usize = 64;
 
 /// A weight from 0 to 1 as a whole number of parts in 2^40, to the nearest, so that a sum of them is the same in any order.
-fn mass(weight: f32) -> u64 {
+pub(crate) fn mass(weight: f32) -> u64 {
     // Of a number from 2^12 to 2^13, the last bit is worth 2^-40.
     const FROM: f64 = 4096.0;
     (f64::from(weight) + FROM).to_bits() - FROM.to_bits()
@@ -256,7 +257,20 @@ mod tests {
     use proptest::prelude::*;
 
     fn sampling(temperature: f32, top_p: f32, top_k: u32, seed: u64) -> Sampling {
-        Sampling { temperature, top_p, top_k, seed }
+        Sampling { temperature, top_p, top_k, seed, ..Sampling::GREEDY }
+    }
+
+    #[test]
+    fn min_p_is_a_part_of_the_largest_probability() {
+        // Of 8, 4, 2 and 1 sixteenths, those that have a quarter of the largest or more.
+        let logits: Vec<f32> = [8.0f32, 4.0, 2.0, 1.0].iter().map(|weight| weight.ln()).collect();
+        let sampling = Sampling { min_p: 0.24, ..sampling(1.0, 1.0, 0, 3) };
+        let mut counts = [0; 4];
+        for index in 0..7000 {
+            counts[sample(&mut logits.clone(), &sampling, index).unwrap() as usize] += 1;
+        }
+        assert_eq!(counts[3], 0);
+        assert!((800..1200).contains(&counts[2]) && (3700..4300).contains(&counts[0]), "{counts:?}");
     }
 
     /// Known answers of Random123 1.14 (`tests/kat_vectors`, philox4x32 10).

@@ -14,9 +14,17 @@ pub struct Sampling {
     pub top_k: u32,
     /// Key of the counter-based generator. The gateway draws one if the client gave none.
     pub seed: u64,
+    /// Keep tokens with at least this part of the largest probability; 0 keeps all.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub min_p: f32,
+}
+
+/// What most requests leave as it is takes no room in their events.
+fn is_zero(number: &f32) -> bool {
+    *number == 0.0
 }
 
 impl Sampling {
     /// Always the most probable token.
-    pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
+    pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, min_p: 0.0 };
 }

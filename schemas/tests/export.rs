@@ -120,7 +120,7 @@ proptest! {
     ) {
         let accepted = RequestAccepted {
             endpoint: "responses".into(),
-            sampling: Sampling { temperature, top_p, top_k: 3, seed },
+            sampling: Sampling { temperature, top_p, top_k: 3, seed, min_p: 0.125 },
             stop,
             ignore_eos: true,
             timeout_ms,

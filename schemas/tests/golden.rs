@@ -41,7 +41,7 @@ every_body! {
         model: "Qwen/Qwen3-0.6B".into(),
         endpoint: "chat.completions".into(),
         prompt: vec![1, 127, 128, 65_535, 151_644],
-        sampling: Sampling { temperature: 0.7, top_p: 0.95, top_k: 20, seed: 0x001f_ffff_ffff_ffff },
+        sampling: Sampling { temperature: 0.7, top_p: 0.95, top_k: 20, seed: 0x001f_ffff_ffff_ffff, min_p: 0.0 },
         max_tokens: 256,
         stop: vec!["\n\n".into(), "Ende 🛑".into()],
         ignore_eos: true,

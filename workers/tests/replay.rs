@@ -72,7 +72,7 @@ fn generate(engine: &mut dyn Engine, slot: u32, sampling: &Sampling, count: u32)
     tokens
 }
 
-const WARM: Sampling = Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed: 7 };
+const WARM: Sampling = Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed: 7, min_p: 0.0 };
 
 #[test]
 fn a_simulated_log_is_equal_and_has_no_logits() {

@@ -44,7 +44,7 @@ fn error(more: Value) -> (ErrorCode, Option<String>) {
 #[test]
 fn what_is_not_said_comes_from_the_card() {
     let accepted = accepted(json!({}), 10).unwrap();
-    assert_eq!(accepted.sampling, Sampling { temperature: 0.7, top_p: 0.9, top_k: 20, seed: 99 });
+    assert_eq!(accepted.sampling, Sampling { temperature: 0.7, top_p: 0.9, top_k: 20, seed: 99, min_p: 0.0 });
     assert_eq!((accepted.max_tokens, accepted.timeout_ms), (54, 5000));
     assert!(accepted.stop.is_empty() && !accepted.ignore_eos);
 }
@@ -52,13 +52,16 @@ fn what_is_not_said_comes_from_the_card() {
 #[test]
 fn what_is_said_is_taken() {
     let all = json!({
-        "temperature": 0, "top_p": 1, "top_k": -1, "seed": -1, "max_tokens": 7, "max_completion_tokens": 5,
+        "temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0.25, "seed": -1, "max_tokens": 7, "max_completion_tokens": 5,
         "stop": ["a", "b"], "ignore_eos": true, "user": "u", "store": true, "reasoning_effort": "low",
         "n": 1, "presence_penalty": 0, "tools": [], "tool_choice": "none", "logit_bias": {}, "logprobs": false,
         "response_format": { "type": "text" }, "modalities": ["text"], "parallel_tool_calls": true,
     });
     let accepted = accepted(all, 10).unwrap();
-    assert_eq!(accepted.sampling, Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: u64::MAX });
+    assert_eq!(
+        accepted.sampling,
+        Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: u64::MAX, min_p: 0.25 }
+    );
     assert_eq!((accepted.max_tokens, accepted.stop.len(), accepted.ignore_eos), (5, 2, true));
 }
 
@@ -81,6 +84,7 @@ fn values_out_of_range_are_named() {
         ("top_p", json!(0)),
         ("top_p", json!(1.5)),
         ("top_k", json!(-2)),
+        ("min_p", json!(1.1)),
         ("max_tokens", json!(0)),
         ("max_completion_tokens", json!(0)),
         ("stop", json!(["a", "b", "c", "d", "e"])),
@@ -105,7 +109,6 @@ fn what_can_not_be_honoured_is_named() {
         ("presence_penalty", json!(0.5)),
         ("frequency_penalty", json!(-0.5)),
         ("repetition_penalty", json!(1.1)),
-        ("min_p", json!(0.1)),
         ("min_tokens", json!(1)),
         ("stop_token_ids", json!([1])),
         ("logit_bias", json!({ "1": 5 })),

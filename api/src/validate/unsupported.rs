@@ -43,7 +43,6 @@ pub(super) fn refuse(request: &ChatRequest) -> Result<(), ApiError> {
         ("presence_penalty", r.presence_penalty.is_some_and(|penalty| penalty != 0.0), "only 0"),
         ("frequency_penalty", r.frequency_penalty.is_some_and(|penalty| penalty != 0.0), "only 0"),
         ("repetition_penalty", r.repetition_penalty.is_some_and(|penalty| penalty != 1.0), "only 1"),
-        ("min_p", r.min_p.is_some_and(|p| p != 0.0), "only 0"),
         ("min_tokens", r.min_tokens.is_some_and(|n| n != 0), "only 0"),
         (
             "stop_token_ids",

@@ -84,6 +84,7 @@ fn sampler(stream: &Stream, kernels: &Kernels) -> anyhow::Result<String> {
                 top_p: if row % 3 == 1 { 1.0 } else { 0.5 + random() / 2.0 },
                 top_k: if row % 2 == 1 { 0 } else { (random() * 5000.0) as u32 },
                 seed: u64::from(round) * 100 + row as u64,
+                min_p: if row % 4 == 3 { random() / 20.0 } else { 0.0 },
             })
             .collect();
         let draws: Vec<RowDraw> = samplings.iter().map(|sampling| RowDraw::new(sampling, round)).collect();

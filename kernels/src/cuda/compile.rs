@@ -42,13 +42,14 @@ pub struct Source {
 }
 
 /// What all of them include.
-const HEADER: &str = include_str!("../../cuda/kernel.h");
+const HEADER: &str = concat!(include_str!("../../cuda/kernel.h"), include_str!("../../cuda/weights.h"));
 
 /// Results must be those of the CPU: nothing is contracted, and divisions are exact.
 const OPTIONS: [&str; 4] = ["--std=c++17", "--fmad=false", "--prec-div=true", "--ftz=false"];
 
 /// All files of kernels.
-pub const SOURCES: [Source; 2] = [
+pub const SOURCES: [Source; 3] = [
+    Source { name: "adjust.cu", text: include_str!("../../cuda/adjust.cu") },
     Source { name: "kv.cu", text: include_str!("../../cuda/kv.cu") },
     Source { name: "sampler.cu", text: include_str!("../../cuda/sampler.cu") },
 ];
@@ -94,11 +95,12 @@ impl Compiler {
 
     /// Machine code of a file's kernels for GPUs of one compute capability, such as 90.
     pub fn compile(&self, source: Source, capability: u32) -> Result<Vec<u8>, CompileError> {
-        let whole = format!(
-            "{HEADER}\n#line 1 \"{}\"\n{}",
-            source.name,
-            source.text.replace("#include \"kernel.h\"", "")
-        );
+        let whole = format!("{HEADER}\n#line 1 \"{}\"\n{}", source.name, source.text);
+        // What they include is in front of them.
+        let whole: String = whole
+            .lines()
+            .filter(|line| !line.starts_with("#include \""))
+            .fold(String::new(), |whole, line| whole + line + "\n");
         let whole = CString::new(whole).expect("sources have no zeros");
         let name = CString::new(source.name).expect("names have no zeros");
         let program =

@@ -3,21 +3,18 @@
 #![allow(unsafe_code)]
 
 use super::{
-    Pieces, RowDraw,
+    Pieces,
     arena::Arena,
     compile::{CompileError, Compiler, SOURCES, Source},
     device::{Device, DeviceError, Doing, Stream},
-    memory::{DeviceBuffer, PinnedRegion, Plain},
+    memory::PinnedRegion,
 };
 use cudarc::{
-    driver::{CudaFunction, result, sys},
+    driver::{CudaFunction, CudaModule, result, sys},
     nvrtc::Ptx,
 };
 use forebay_schemas::kv::{KvLayout, TokenRange};
-use std::{ffi::c_void, ops::Range, path::Path};
-
-// SAFETY: numbers without padding: f32, u32, u64, u64.
-unsafe impl Plain for RowDraw {}
+use std::{ffi::c_void, ops::Range, path::Path, sync::Arc};
 
 /// Why kernels could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +31,9 @@ pub enum LoadError {
 #[derive(Clone, Debug)]
 pub struct Kernels {
     kv_copy: CudaFunction,
-    sample: CudaFunction,
+    pub(super) adjust: CudaFunction,
+    pub(super) sample: CudaFunction,
+    pub(super) probabilities: CudaFunction,
 }
 
 /// A piece shorter than this is moved by a kernel: copy engines take their time for each.
@@ -42,9 +41,6 @@ const KERNEL_BELOW: usize = 32 << 10;
 
 /// Threads of a block that moves a piece.
 const MOVERS: u32 = 256;
-
-/// Threads of a block that draws a token.
-const SAMPLERS: u32 = 1024;
 
 /// Where KV goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,45 +79,26 @@ impl Kernels {
             cache.inspect(|cache| source.keep(capability, cache, &code));
             Ok::<_, CompileError>(code)
         };
-        let code = SOURCES.map(&mut code);
-        let [kv, sampler] = code;
-        Ok(Kernels::from_code(device, kv?, sampler?)?)
+        let [adjust, kv, sampler] = SOURCES.map(&mut code);
+        Ok(Kernels::from_code(device, [adjust?, kv?, sampler?])?)
     }
 
-    /// Loads compiled code: that of `kv.cu`, and that of `sampler.cu`.
-    pub fn from_code(device: &Device, kv: Vec<u8>, sampler: Vec<u8>) -> Result<Kernels, DeviceError> {
-        let function = |code, name| {
-            let module = device.context.load_module(Ptx::from_binary(code)).doing("loading kernels")?;
-            module.load_function(name).doing("finding a kernel")
-        };
-        Ok(Kernels { kv_copy: function(kv, "kv_copy")?, sample: function(sampler, "sample")? })
+    /// Loads the compiled code of all [`SOURCES`].
+    pub fn from_code(device: &Device, code: [Vec<u8>; SOURCES.len()]) -> Result<Kernels, DeviceError> {
+        let module = |code| device.context.load_module(Ptx::from_binary(code)).doing("loading kernels");
+        let [adjust, kv, sampler] = code.map(module);
+        let (adjust, kv, sampler) = (adjust?, kv?, sampler?);
+        let function = |module: &Arc<CudaModule>, name| module.load_function(name).doing("finding a kernel");
+        Ok(Kernels {
+            kv_copy: function(&kv, "kv_copy")?,
+            adjust: function(&adjust, "adjust")?,
+            sample: function(&sampler, "sample")?,
+            probabilities: function(&adjust, "probabilities")?,
+        })
     }
 }
 
 impl Stream {
-    /// Queues the drawing of a token for each of `rows` rows of `vocab` logits, which are overwritten.
-    ///
-    /// # Panics
-    /// If a buffer has no room for so many rows.
-    pub fn sample(
-        &self,
-        kernels: &Kernels,
-        logits: &DeviceBuffer<f32>,
-        vocab: u32,
-        draws: &DeviceBuffer<RowDraw>,
-        tokens: &DeviceBuffer<u32>,
-        rows: usize,
-    ) -> Result<(), DeviceError> {
-        assert!(
-            logits.len() >= rows * vocab as usize && draws.len() >= rows && tokens.len() >= rows,
-            "{rows} rows"
-        );
-        let (logits, draws, tokens) = (logits.address(), draws.address(), tokens.address());
-        let arguments = [argument(&logits), argument(&vocab), argument(&draws), argument(&tokens)];
-        // SAFETY: these are the kernel's parameters; the buffers hold what it reads and writes, and wait for it before they go.
-        unsafe { self.launch(&kernels.sample, rows as u32, SAMPLERS, arguments) }.doing("drawing tokens")
-    }
-
     /// Queues the move of `tokens` of some planes between a slot of an arena and one of a region.
     ///
     /// # Panics
@@ -196,7 +173,7 @@ impl Stream {
 
     /// # Safety
     /// The arguments are the kernel's, and stay valid for this call; what it reads and writes is there until it is done.
-    unsafe fn launch<const N: usize>(
+    pub(super) unsafe fn launch<const N: usize>(
         &self,
         kernel: &CudaFunction,
         blocks: u32,
@@ -210,7 +187,7 @@ impl Stream {
     }
 }
 
-fn argument<T>(value: &T) -> *mut c_void {
+pub(super) fn argument<T>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
 }
 

@@ -1,4 +1,5 @@
 // The kernels with their parameters as a launch hands them over: an array of pointers, one to each.
+#include "../../cuda/adjust.cu"
 #include "../../cuda/kv.cu"
 #include "../../cuda/sampler.cu"
 
@@ -45,7 +46,49 @@ static void run_sample(const void *given) {
     sample(a->logits, a->vocab, a->draws, a->tokens);
 }
 
+typedef struct {
+    float *logits;
+    u32 vocab;
+    const RowAdjustment *rows;
+    const TokenAdjustment *tokens;
+    const u32 *masks;
+} Adjust;
+
+static void *take_adjust(void **given) {
+    Adjust *taken = malloc(sizeof *taken);
+    *taken = (Adjust){
+        *(float **)given[0], *(u32 *)given[1], *(const RowAdjustment **)given[2], *(const TokenAdjustment **)given[3],
+        *(const u32 **)given[4]};
+    return taken;
+}
+
+static void run_adjust(const void *given) {
+    const Adjust *a = given;
+    adjust(a->logits, a->vocab, a->rows, a->tokens, a->masks);
+}
+
+typedef struct {
+    const float *logits;
+    u32 vocab, count;
+    Normalizer *normalizers;
+    Probable *probable;
+} Probabilities;
+
+static void *take_probabilities(void **given) {
+    Probabilities *taken = malloc(sizeof *taken);
+    *taken = (Probabilities){
+        *(const float **)given[0], *(u32 *)given[1], *(u32 *)given[2], *(Normalizer **)given[3], *(Probable **)given[4]};
+    return taken;
+}
+
+static void run_probabilities(const void *given) {
+    const Probabilities *a = given;
+    probabilities(a->logits, a->vocab, a->count, a->normalizers, a->probable);
+}
+
 static const Kernel kernels[] = {
+    {"adjust", take_adjust, run_adjust},
+    {"probabilities", take_probabilities, run_probabilities},
     {"kv_copy", take_kv_copy, run_kv_copy},
     {"sample", take_sample, run_sample},
 };

@@ -1,6 +1,7 @@
 //! GPUs: kernels against their references, and memory and copies. Without a GPU, on the stand-in of `driver.c`, where kernels run
 //! on the processor: what they compute is the same on a GPU, how fast is not. `FOREBAY_TEST_GPU=1` takes the real driver.
 
+mod adjust;
 mod memory;
 mod sampler;
 mod stand_in;

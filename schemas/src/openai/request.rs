@@ -34,6 +34,9 @@ pub struct ChatRequest {
     /// vLLM's extension: the k most probable tokens; 0 or -1 for all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<i64>,
+    /// vLLM's extension: tokens with at least this part of the largest probability, 0 to 1; 0 for all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f32>,
     /// Makes sampling repeatable.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<i64>,
@@ -64,9 +67,6 @@ pub struct ChatRequest {
     /// vLLM's extension; only 1 is served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repetition_penalty: Option<f32>,
-    /// vLLM's extension; only 0 is served.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub min_p: Option<f32>,
     /// vLLM's extension; only 0 is served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_tokens: Option<u32>,

@@ -47,6 +47,9 @@ pub struct ResponsesRequest {
     pub top_k: Option<i64>,
     /// vLLM's extension, as in chats.
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f32>,
+    /// vLLM's extension, as in chats.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<i64>,
     /// vLLM's extension, as in chats.
     #[serde(skip_serializing_if = "Option::is_none")]

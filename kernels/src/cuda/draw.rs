@@ -1,0 +1,102 @@
+//! Drawing tokens on a GPU, and what is told of the logits they are drawn from.
+
+#![allow(unsafe_code)]
+
+use super::{
+    Probable, RowAdjustment, RowDraw,
+    device::{DeviceError, Doing, Stream},
+    memory::{DeviceBuffer, Plain},
+    transfer::{Kernels, argument},
+};
+use crate::adjust::{Normalizer, TokenAdjustment};
+
+// SAFETY: numbers without padding: f32, u32, u64, u64, f32, u32.
+unsafe impl Plain for RowDraw {}
+// SAFETY: six numbers of four bytes.
+unsafe impl Plain for RowAdjustment {}
+// SAFETY: four numbers of four bytes.
+unsafe impl Plain for TokenAdjustment {}
+// SAFETY: u64, u32, u32.
+unsafe impl Plain for Normalizer {}
+// SAFETY: u32, f32.
+unsafe impl Plain for Probable {}
+
+/// Threads of a block, which has one row.
+const THREADS: u32 = 1024;
+
+impl Stream {
+    /// Queues penalties, bias and masks for each of `rows` rows of `vocab` logits: see [`crate::adjust`]. Masks have
+    /// `vocab / 32` words for each row, rounded up; there may be none if no row has one.
+    ///
+    /// # Panics
+    /// If a buffer has no room for so many rows. What rows say of `tokens` and `masks` is the caller's.
+    pub fn adjust(
+        &self,
+        kernels: &Kernels,
+        (logits, vocab): (&DeviceBuffer<f32>, u32),
+        how: &DeviceBuffer<RowAdjustment>,
+        tokens: &DeviceBuffer<TokenAdjustment>,
+        masks: &DeviceBuffer<u32>,
+        rows: usize,
+    ) -> Result<(), DeviceError> {
+        let words = rows * (vocab as usize).div_ceil(32);
+        assert!(logits.len() >= rows * vocab as usize && how.len() >= rows, "{rows} rows");
+        assert!(masks.is_empty() || masks.len() >= words, "{} words of masks for {rows} rows", masks.len());
+        let (logits, how) = (logits.address(), how.address());
+        let (tokens, masks) = (tokens.address(), masks.address());
+        let arguments =
+            [argument(&logits), argument(&vocab), argument(&how), argument(&tokens), argument(&masks)];
+        // SAFETY: these are the kernel's parameters; the buffers hold what it reads and writes, and wait for it before they go.
+        unsafe { self.launch(&kernels.adjust, rows as u32, THREADS, arguments) }.doing("adjusting logits")
+    }
+
+    /// Queues the drawing of a token for each of `rows` rows of `vocab` logits, which are overwritten.
+    ///
+    /// # Panics
+    /// If a buffer has no room for so many rows.
+    pub fn sample(
+        &self,
+        kernels: &Kernels,
+        logits: &DeviceBuffer<f32>,
+        vocab: u32,
+        draws: &DeviceBuffer<RowDraw>,
+        tokens: &DeviceBuffer<u32>,
+        rows: usize,
+    ) -> Result<(), DeviceError> {
+        let fits = logits.len() >= rows * vocab as usize && draws.len() >= rows && tokens.len() >= rows;
+        assert!(fits, "{rows} rows");
+        let (logits, draws, tokens) = (logits.address(), draws.address(), tokens.address());
+        let arguments = [argument(&logits), argument(&vocab), argument(&draws), argument(&tokens)];
+        // SAFETY: as above.
+        unsafe { self.launch(&kernels.sample, rows as u32, THREADS, arguments) }.doing("drawing tokens")
+    }
+
+    /// Queues, for each of `rows` rows of `vocab` logits, what makes probabilities of them, and the `count` most probable tokens:
+    /// see [`Normalizer`] and [`crate::most_probable`].
+    ///
+    /// # Panics
+    /// If a buffer has no room for so many rows, or there are fewer tokens than `count`.
+    pub fn probabilities(
+        &self,
+        kernels: &Kernels,
+        (logits, vocab): (&DeviceBuffer<f32>, u32),
+        count: u32,
+        normalizers: &DeviceBuffer<Normalizer>,
+        probable: &DeviceBuffer<Probable>,
+        rows: usize,
+    ) -> Result<(), DeviceError> {
+        assert!(logits.len() >= rows * vocab as usize && normalizers.len() >= rows, "{rows} rows");
+        assert!(count <= vocab && probable.len() >= rows * count as usize, "{count} of {vocab} tokens");
+        let (logits, normalizers, probable) = (logits.address(), normalizers.address(), probable.address());
+        let arguments = [
+            argument(&logits),
+            argument(&vocab),
+            argument(&count),
+            argument(&normalizers),
+            argument(&probable),
+        ];
+        // SAFETY: as above.
+        unsafe { self.launch(&kernels.probabilities, rows as u32, THREADS, arguments) }
+            .doing("computing probabilities")
+    }
+}

@@ -1,0 +1,98 @@
+//! Penalties, bias, masks and probabilities: the kernels against their references, bit for bit.
+
+use super::{buffer, contents, stand_in};
+use forebay_kernels::{
+    Normalizer, Penalties, TokenAdjustment, adjust,
+    cuda::{DeviceBuffer, Probable, RowAdjustment},
+    most_probable,
+};
+use proptest::prelude::*;
+
+/// A row: its logits, penalties, adjustments of some of its tokens, and perhaps a mask.
+type Case = (Vec<f32>, Penalties, Vec<TokenAdjustment>, Option<Vec<u32>>);
+
+fn case(vocab: usize) -> impl Strategy<Value = Case> {
+    let logit = prop_oneof![8 => -30f32..30.0, 1 => Just(0.0), 1 => Just(f32::NEG_INFINITY)];
+    let penalties = (0.5f32..2.0, -2f32..2.0, -2f32..2.0)
+        .prop_map(|(repetition, frequency, presence)| Penalties { repetition, frequency, presence });
+    // Some tokens are outside the vocabulary.
+    let tokens = prop::collection::btree_map(0..vocab as u32 + 3, (0u32..5, 0u32..2, -5f32..5.0), 0..40);
+    let tokens = tokens.prop_map(|tokens| {
+        let adjustment = |(token, (count, seen, bias))| TokenAdjustment { token, count, seen, bias };
+        tokens.into_iter().map(adjustment).collect()
+    });
+    let mask = prop::option::of(prop::collection::vec(any::<u32>(), vocab.div_ceil(32)));
+    (prop::collection::vec(logit, vocab), penalties, tokens, mask)
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|logit| logit.to_bits()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn logits_are_adjusted_as_on_the_cpu(cases in (1usize..300).prop_flat_map(|vocab| prop::collection::vec(case(vocab), 1..4))) {
+        let vocab = cases[0].0.len();
+        let words = vocab.div_ceil(32);
+        let (mut logits, mut rows, mut tokens, mut masks) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut expected = Vec::new();
+        for (row, penalties, adjustments, mask) in &cases {
+            let mut adjusted = row.clone();
+            adjust(&mut adjusted, *penalties, adjustments, mask.as_deref());
+            expected.extend(bits(&adjusted));
+            let (first, count) = (tokens.len() as u32, adjustments.len() as u32);
+            rows.push(RowAdjustment { penalties: *penalties, first, count, masked: mask.is_some().into() });
+            logits.extend_from_slice(row);
+            tokens.extend_from_slice(adjustments);
+            masks.extend(mask.clone().unwrap_or_else(|| vec![0; words]));
+        }
+        let device = stand_in::device();
+        let (stream, kernels) = (device.stream().unwrap(), stand_in::kernels(&device));
+        let (on_gpu, how) = (buffer(&stream, &logits), buffer(&stream, &rows));
+        let (tokens, masks) = (buffer(&stream, &tokens), buffer(&stream, &masks));
+        stream.adjust(&kernels, (&on_gpu, vocab as u32), &how, &tokens, &masks, rows.len()).unwrap();
+        prop_assert_eq!(bits(&contents(&stream, &on_gpu)), expected);
+    }
+
+    #[test]
+    fn probabilities_are_those_of_the_cpu(
+        // Halves make ties common.
+        rows in (1usize..300).prop_flat_map(|vocab| prop::collection::vec(
+            prop::collection::vec(prop_oneof![3 => -30f32..30.0, 3 => (-9i32..9).prop_map(|x| x as f32 / 2.0), 1 => Just(f32::NEG_INFINITY)], vocab),
+            1..4,
+        )),
+        count in 0usize..21,
+    ) {
+        let vocab = rows[0].len();
+        let count = count.min(vocab);
+        let device = stand_in::device();
+        let (stream, kernels) = (device.stream().unwrap(), stand_in::kernels(&device));
+        let logits = buffer(&stream, &rows.concat());
+        let normalizers = DeviceBuffer::<Normalizer>::new(&device, rows.len()).unwrap();
+        let probable = DeviceBuffer::<Probable>::new(&device, rows.len() * count).unwrap();
+        stream.probabilities(&kernels, (&logits, vocab as u32), count as u32, &normalizers, &probable, rows.len()).unwrap();
+        let (normalizers, probable) = (contents(&stream, &normalizers), contents(&stream, &probable));
+        for (number, row) in rows.iter().enumerate() {
+            prop_assert_eq!(normalizers[number], Normalizer::of(row));
+            let found: Vec<(u32, f32)> =
+                probable[number * count..][..count].iter().map(|probable| (probable.token, probable.logit)).collect();
+            if row.iter().any(|logit| logit.is_finite()) {
+                prop_assert_eq!(found, most_probable(row, count));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_not_finite_has_no_probabilities() {
+    let device = stand_in::device();
+    let (stream, kernels) = (device.stream().unwrap(), stand_in::kernels(&device));
+    let logits =
+        buffer(&stream, &[1.0, f32::NAN, 2.0, f32::NEG_INFINITY, f32::NEG_INFINITY, f32::NEG_INFINITY]);
+    let normalizers = DeviceBuffer::<Normalizer>::new(&device, 2).unwrap();
+    let probable = DeviceBuffer::<Probable>::new(&device, 2).unwrap();
+    stream.probabilities(&kernels, (&logits, 3), 1, &normalizers, &probable, 2).unwrap();
+    assert!(contents(&stream, &normalizers).iter().all(|normalizer| normalizer.logprob(1.0).is_nan()));
+}
