@@ -4,10 +4,10 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 FOREBAY := target/release/forebay
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test nixl simulate chaos check audit bench clean
+.PHONY: help setup build run test nixl gpu-check simulate chaos check audit bench clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Fetch nats-server and ONNX Runtime into .forebay/
 	@scripts/setup.sh
@@ -31,6 +31,11 @@ nixl: ## Build with NIXL, in target/nixl, and test KV over it (needs g++)
 	@scripts/setup.sh nixl
 	cargo build --release --locked --target-dir target/nixl --package forebay --features nixl
 	cargo test --release --locked --target-dir target/nixl --package forebay-workers --features nixl --test leases
+
+gpu-check: ## Check and measure a GPU, and write what was found into docs/gpu.md (without one: SKIPPED)
+	@if ls /dev/nvidia[0-9]* /dev/dxg >/dev/null 2>&1; then scripts/setup.sh gpu; else scripts/setup.sh; fi
+	cargo build --release --locked --workspace
+	scripts/gpu-check.sh
 
 simulate: ## Run ten thousand seeds of the deterministic simulation (a minute)
 	cargo build --release --locked --workspace

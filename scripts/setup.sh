@@ -4,7 +4,8 @@
 #
 #   scripts/setup.sh          nats-server and ONNX Runtime: enough to run
 #   scripts/setup.sh dev      also cargo-deny, for `make check`
-#   scripts/setup.sh test     also the OpenAI client for Python, etcd and (x86_64) NVRTC, for `make test`
+#   scripts/setup.sh test     also the OpenAI client for Python, etcd and (x86_64) NVRTC and ONNX Runtime for GPUs (350 MB), for
+#                             `make test`
 #   scripts/setup.sh gpu      also what workers on GPUs need: NVRTC, ONNX Runtime for CUDA 13 and NVIDIA's libraries that it is
 #                             linked with (830 MB, x86_64 only; the driver is the machine's own)
 #   scripts/setup.sh cuda     also NVRTC, which compiles kernels for GPUs (90 MB, x86_64 only)
@@ -158,16 +159,25 @@ fetch_nvrtc() {
 }
 
 # ONNX Runtime for GPUs. Its provider needs the driver, so that it can't be loaded on every machine.
-fetch_gpu() {
-    local pins=scripts/setup/gpu.txt
-    [ "$arch" = x86_64 ] || fail "no ONNX Runtime for GPUs to fetch for $arch: name a folder with it and CUDA 13's libraries in FOREBAY_CUDA"
-    fetch_nvrtc
-    [ -e $home/cuda/libonnxruntime_providers_cuda.so ] && is_current gpu "$pins" && return
-    download gpu "$pins" 312
+fetch_onnxruntime_gpu() {
+    local pins=scripts/setup/onnxruntime-gpu.txt
+    [ "$arch" = x86_64 ] || { say "no ONNX Runtime for GPUs to fetch for $arch; name a folder with it in FOREBAY_CUDA"; return; }
+    [ -e $home/cuda/libonnxruntime_providers_cuda.so ] && is_current onnxruntime-gpu "$pins" && return
+    download onnxruntime-gpu "$pins" 312
     rm -f $home/cuda/libonnxruntime*
-    unpack_libraries gpu
+    unpack_libraries onnxruntime-gpu
+    keep_pins onnxruntime-gpu "$pins"
+}
+
+# What its provider is linked with.
+fetch_cuda() {
+    local pins=scripts/setup/cuda.txt
+    [ "$arch" = x86_64 ] || fail "no CUDA to fetch for $arch: name a folder with CUDA 13's libraries and ONNX Runtime for GPUs in FOREBAY_CUDA"
+    [ -e $home/cuda/libcublasLt.so.13 ] && is_current cuda "$pins" && return
+    download cuda "$pins"
+    unpack_libraries cuda
     check $home/cuda/libcublasLt.so.13
-    keep_pins gpu "$pins"
+    keep_pins cuda "$pins"
 }
 
 # Debian's etcd, unpacked rather than installed: that takes no root, and starts no service. Without one, the tests that
@@ -226,11 +236,16 @@ nixl)
     fetch libclang scripts/setup/libclang.txt native/libclang.so $home/clang/libclang.so
     ;;
 cuda) fetch_nvrtc ;;
-gpu) fetch_gpu ;;
+gpu)
+    fetch_nvrtc
+    fetch_onnxruntime_gpu
+    fetch_cuda
+    ;;
 test)
     fetch_python_packages
     fetch_etcd
     fetch_nvrtc
+    fetch_onnxruntime_gpu
     ;;
 esac
 say "$home has what is needed"

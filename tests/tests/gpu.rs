@@ -25,7 +25,7 @@ async fn deployment() -> Option<(Deployment, TempDir)> {
             eprintln!("SKIPPED: workers on a stand-in for a GPU: no NVRTC to fetch for this machine");
             return None;
         }
-        stand_in::build(&folder.path().join("libcuda.so"));
+        stand_in::build(&folder.path().join(stand_in::DRIVER));
         deployment.set("LD_LIBRARY_PATH", folder.path().to_str().unwrap());
         deployment.set("FOREBAY_BENCH_STAND_IN", "true");
     }

@@ -434,6 +434,10 @@ EXPORT int cuLaunchKernel(
     ));
 }
 
+// ONNX Runtime's provider for CUDA is linked with this one, and NVRTC asks for the other, and can do without.
+EXPORT int cuTensorMapEncodeTiled(void) { return 801; }
+EXPORT int cuGetExportTable(const void **table, const void *id) { return *table = NULL, id ? INVALID : OK; }
+
 // ---- for tests ----
 
 // What is allocated, mapped or pinned, and streams and events; and copies of memory that was not pinned.

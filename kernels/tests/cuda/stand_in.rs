@@ -5,6 +5,9 @@
 use forebay_kernels::cuda::{Device, Kernels};
 use std::{path::Path, process::Command, sync::OnceLock};
 
+/// The driver's name.
+pub(crate) const DRIVER: &str = "libcuda.so.1";
+
 /// The first GPU, or the stand-in.
 pub(crate) fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
@@ -50,11 +53,11 @@ pub(crate) fn counts() -> Option<[usize; 4]> {
 
 static STAND_IN: OnceLock<libloading::Library> = OnceLock::new();
 
-/// Makes the stand-in the process's driver: whoever looks for `libcuda.so` finds it loaded.
+/// Makes the stand-in the process's driver: whoever looks for it by its name finds it loaded.
 fn load() {
     STAND_IN.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
-        let library = folder.path().join("libcuda.so");
+        let library = folder.path().join(DRIVER);
         build(&library);
         // SAFETY: it was just made of the sources beside this file, and runs nothing when it is loaded.
         unsafe { libloading::Library::new(library) }.unwrap()
@@ -68,7 +71,7 @@ pub(crate) fn build(library: &Path) {
     let here =
         sources.iter().find(|folder| folder.join("driver.c").is_file()).expect("its sources are there");
     let flags = "-x c -std=gnu11 -O2 -ffp-contract=off -Wall -Wextra -Werror -fPIC -shared -pthread -fvisibility=hidden \
-                 -Wl,-soname,libcuda.so";
+                 -Wl,-soname,libcuda.so.1";
     let status = Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".to_owned()))
         .args(flags.split_whitespace())
         .arg("-I")
