@@ -118,6 +118,11 @@ impl Region {
         self.bytes == 0
     }
 
+    /// Whether it may be written to.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// The descriptor to pass to peers.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

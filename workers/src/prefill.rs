@@ -5,7 +5,7 @@
 
 use crate::{
     engine::EngineError,
-    kv::{ReadError, Sealed, Slot, read_kv},
+    kv::{KvRead, Sealed, Slot},
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
@@ -23,7 +23,7 @@ use forebay_streams::{
     tasks::{Delivery, Verdict},
     writer::{LogWriter, WriteError},
 };
-use std::{slice, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -202,11 +202,8 @@ async fn prefix(worker: &Arc<Worker>, slot: &Arc<Slot>, state: &Lifecycle) -> u3
     }
     let (reader, into) = (worker.clone(), slot.clone());
     let read = off_thread(move || {
-        let transport = reader.transport(&handle)?;
-        let layout = &reader.runner.card().layout;
-        into.spoil(0);
-        read_kv(&*transport, slice::from_ref(&handle), reader.runner.kv(), layout, into.index())?;
-        Ok::<_, ReadError>(reader.load(&into, handle.tokens)?)
+        let mut read = KvRead::begin(reader.transport(&handle)?, &handle)?;
+        reader.read_into(&into, &mut read, &handle)
     });
     match read.await {
         Ok(()) => end,

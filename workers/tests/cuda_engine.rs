@@ -5,10 +5,14 @@ mod parity_support;
 #[path = "../../kernels/tests/cuda/stand_in.rs"]
 mod stand_in;
 
-use forebay_schemas::{kv::TokenRange, sampling::Sampling};
+use forebay_kernels::Region;
+use forebay_schemas::{
+    kv::{KvHandle, TokenRange},
+    sampling::Sampling,
+};
 use forebay_workers::{
     engine::{
-        Draw, Engine, EngineError, Row,
+        Draw, Engine, EngineError, PeerSlot, Row,
         checkpoint::Checkpoint,
         cuda::{CudaEngine, CudaOptions, Provider},
         graph::Precision,
@@ -138,10 +142,23 @@ fn kv_is_moved_through_the_regions() {
         first.kv().read(from, &mut piece);
         second.kv().write(into, &piece);
     }
-    drop(first);
     second.reserve(0, tokens.count).unwrap();
     second.mover().unwrap().load(0, tokens).unwrap();
     assert_eq!(continued(&mut second, 0, prompt.len(), token, 30), expected);
+
+    // And without the way over its own region: from the first one's, as another process maps it.
+    let region = first.kv().fd().try_clone_to_owned().unwrap();
+    let region = Arc::new(Region::open(region, first.kv().len(), false).unwrap());
+    drop(first);
+    second.reserve(3, tokens.count).unwrap();
+    let mut beside = 0;
+    for group in 0..KvHandle::groups(&from.geometry) {
+        let planes = KvHandle::group_planes(&from.geometry, group);
+        let peer = PeerSlot { region: &region, layout: &from, slot: 2 };
+        second.mover().unwrap().load_from(peer, 3, tokens, planes, &mut || beside += 1).unwrap();
+    }
+    assert_eq!(beside, KvHandle::groups(&from.geometry));
+    assert_eq!(continued(&mut second, 3, prompt.len(), token, 30), expected);
 }
 
 /// Memory for one sequence, or a little more, and four that run: those that came last give theirs back and run again, and all come to the same

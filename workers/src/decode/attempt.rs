@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     engine::EngineError,
-    kv::{ReadError, Sealed, Slot, read_kv},
+    kv::{KvRead, ReadError, Sealed, Slot},
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
@@ -18,10 +18,14 @@ use forebay_schemas::{
     event::{
         Body, Claimed, EngineRef, FinishReason, KvLost, KvTransferred, RequestCompleted, TokensGenerated,
     },
-    kv::TokenRange,
     lifecycle::{Lifecycle, Phase},
 };
-use forebay_streams::{environment::off_thread, log::LogRef, tasks::Delivery, writer::LogWriter};
+use forebay_streams::{
+    environment::{off_thread, pause},
+    log::LogRef,
+    tasks::Delivery,
+    writer::LogWriter,
+};
 use std::{mem, sync::Arc};
 use tokio::sync::mpsc;
 
@@ -169,17 +173,16 @@ impl Attempt<'_> {
         let (worker, slot, handles) = (self.worker.clone(), self.slot.clone(), state.kv.clone());
         // The copy can't be interrupted: it holds the slot until it is done, whatever becomes of the request.
         let read = move || {
-            let transport = worker.transport(&handles[0])?;
-            let layout = &worker.runner.card().layout;
-            slot.spoil(0);
-            let report = read_kv(&*transport, &handles, worker.runner.kv(), layout, slot.index())?;
-            worker.load(&slot, TokenRange { start: 0, count: report.tokens })?;
+            let mut read = KvRead::begin(worker.transport(&handles[0])?, &handles[0])?;
+            pause();
+            handles.iter().try_for_each(|handle| worker.read_into(&slot, &mut read, handle))?;
+            let report = read.report();
             Ok(KvTransferred {
                 bytes: report.bytes,
                 tokens: report.tokens,
                 read_us: report.micros,
                 after_us: 0,
-                transport: transport.name().to_owned(),
+                transport: read.transport().to_owned(),
             })
         };
         off_thread(read).await

@@ -219,10 +219,7 @@ impl Reading {
                 Some(read) => read,
                 None => KvRead::begin(worker.transport(&handle)?, &handle)?,
             };
-            let layout = &worker.runner.card().layout;
-            slot.spoil(handle.tokens.start);
-            read.piece(&handle, worker.runner.kv(), layout, slot.index())?;
-            worker.load(&slot, handle.tokens)?;
+            worker.read_into(&slot, &mut read, &handle)?;
             Ok(read)
         });
         self.state = State::Busy(end, job.boxed());

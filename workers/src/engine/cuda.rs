@@ -8,7 +8,7 @@ pub mod peak;
 
 pub use super::binding::Provider;
 use super::{
-    Draw, Engine, EngineCard, EngineError, KvMover, Row, Sampled,
+    Draw, Engine, EngineCard, EngineError, KvMover, PeerSlot, Row, Sampled,
     binding::{CudaTensor, CudaTensorError, KvView, Program, RunOptions, Step, Tensor, with_cuda},
     checkpoint::{Checkpoint, Dtype},
     graph::{self, Form, Norms, Precision},
@@ -33,7 +33,11 @@ use ort::{
         builder::{GraphOptimizationLevel, SessionBuilder},
     },
 };
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 /// How to open a [`CudaEngine`].
 #[derive(Clone, Debug)]
@@ -243,6 +247,8 @@ impl CudaEngine {
         let kv = CudaKv {
             arena: arena.clone(),
             region: pinned,
+            peers: Mutex::default(),
+            pinned_bytes: options.pinned_bytes,
             kernels: kernels.clone(),
             out: device.stream()?,
             r#in: device.stream()?,
@@ -623,6 +629,9 @@ impl Inputs {
 struct CudaKv {
     arena: Arc<Arena>,
     region: PinnedRegion,
+    /// Regions of other workers on this host, from which was read; the last one last.
+    peers: Mutex<Vec<Arc<PinnedRegion>>>,
+    pinned_bytes: usize,
     kernels: Kernels,
     out: Stream,
     r#in: Stream,
@@ -638,6 +647,18 @@ impl CudaKv {
         // Whoever waits sleeps, and others queue their copies meanwhile.
         Ok(stream.mark()?.wait()?)
     }
+
+    /// Another worker's region, known to the driver. Those that nobody else holds any more are of workers that are gone.
+    fn peer(&self, region: &Arc<Region>) -> Arc<PinnedRegion> {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        peers.retain(|peer| Arc::strong_count(peer.region()) > 1);
+        if let Some(known) = peers.iter().find(|peer| Arc::ptr_eq(peer.region(), region)) {
+            return known.clone();
+        }
+        let peer = PinnedRegion::new(self.r#in.device(), region.clone(), self.pinned_bytes);
+        peers.push(Arc::new(peer));
+        peers[peers.len() - 1].clone()
+    }
 }
 
 impl KvMover for CudaKv {
@@ -647,5 +668,21 @@ impl KvMover for CudaKv {
 
     fn load(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError> {
         self.copy(Direction::In, slot, tokens)
+    }
+
+    fn load_from(
+        &self,
+        from: PeerSlot<'_>,
+        slot: u32,
+        tokens: TokenRange,
+        planes: Range<u32>,
+        beside: &mut dyn FnMut(),
+    ) -> Result<(), EngineError> {
+        let peer = self.peer(from.region);
+        let host = HostSlot { region: &peer, layout: from.layout, slot: from.slot };
+        self.r#in.move_kv(&self.kernels, Direction::In, (&self.arena, slot), host, tokens, planes)?;
+        let done = self.r#in.mark()?;
+        beside();
+        Ok(done.wait()?)
     }
 }

@@ -25,7 +25,7 @@ use forebay_schemas::{
     sampling::Sampling,
 };
 use onnx::OpenError;
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 /// A model that runs over slots of a KV region.
 ///
@@ -100,6 +100,28 @@ pub trait KvMover: Send + Sync {
     /// Brings positions of a slot of the region to where the engine computes, which has memory for them. Blocks until they are
     /// there.
     fn load(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError>;
+
+    /// The same of a group of planes from a slot of another worker's region that is mapped here. Does `beside` while the copy goes
+    /// on.
+    fn load_from(
+        &self,
+        from: PeerSlot<'_>,
+        slot: u32,
+        tokens: TokenRange,
+        planes: Range<u32>,
+        beside: &mut dyn FnMut(),
+    ) -> Result<(), EngineError>;
+}
+
+/// A slot of another worker's region, mapped here.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerSlot<'a> {
+    /// The region.
+    pub region: &'a Arc<Region>,
+    /// How it is laid out; of the engine's geometry.
+    pub layout: &'a KvLayout,
+    /// Which slot.
+    pub slot: u32,
 }
 
 /// One sequence's part in a decode step.

@@ -27,12 +27,14 @@ use forebay_schemas::kv::{KvHandle, KvLayout, TokenRange};
 
 /// The sums of a range of tokens of a slot, one for each group of planes, as a [`KvHandle`] carries them.
 pub fn sums(region: &Region, layout: &KvLayout, slot: u32, tokens: TokenRange) -> Vec<u64> {
-    let group = |group| {
-        let mut sum = Checksum::default();
-        for (offset, bytes) in layout.pieces(slot, tokens, KvHandle::group_planes(&layout.geometry, group)) {
-            checksum(region, offset, bytes, &mut sum);
-        }
-        sum.value()
-    };
-    (0..KvHandle::groups(&layout.geometry)).map(group).collect()
+    (0..KvHandle::groups(&layout.geometry)).map(|group| sum_of(region, layout, slot, tokens, group)).collect()
+}
+
+/// The sum of one group of planes.
+pub(crate) fn sum_of(region: &Region, layout: &KvLayout, slot: u32, tokens: TokenRange, group: usize) -> u64 {
+    let mut sum = Checksum::default();
+    for (offset, bytes) in layout.pieces(slot, tokens, KvHandle::group_planes(&layout.geometry, group)) {
+        checksum(region, offset, bytes, &mut sum);
+    }
+    sum.value()
 }

@@ -7,7 +7,7 @@ use forebay_schemas::{
     kv::{KvHandle, KvLayout, LayoutHash},
 };
 use forebay_streams::environment::pause;
-use std::ops::Deref;
+use std::{ops::Deref, sync::Arc};
 use tokio::time::Instant;
 
 /// Why KV could not be had. The reader then computes it itself.
@@ -94,6 +94,12 @@ pub trait Transport: Send + Sync {
         slot: u32,
     ) -> Result<u64, ReadError>;
 
+    /// The owner's region, if it is mapped here and has all that the handle names: an engine may copy from it straight to where it
+    /// computes.
+    fn mapped(&self, _handle: &KvHandle) -> Option<&Arc<Region>> {
+        None
+    }
+
     /// The slot's generation now.
     fn generation(&self, handle: &KvHandle) -> Result<u64, ReadError>;
 
@@ -136,10 +142,20 @@ impl<T: Deref<Target: Transport>> KvRead<T> {
         layout: &KvLayout,
         slot: u32,
     ) -> Result<(), ReadError> {
+        self.piece_by(handle, layout, |transport, group| transport.read(handle, group, into, layout, slot))
+    }
+
+    /// The same by other means: `copy` copies one group of planes, and returns the sum of the bytes that the owner has.
+    pub fn piece_by(
+        &mut self,
+        handle: &KvHandle,
+        layout: &KvLayout,
+        copy: impl FnMut(&T::Target, usize) -> Result<u64, ReadError>,
+    ) -> Result<(), ReadError> {
         let begun = Instant::now();
         self.check_lease(handle)?;
         check_handle(handle, layout)?;
-        copy_checked(&*self.transport, handle, into, layout, slot)?;
+        copy_checked(&*self.transport, handle, copy)?;
         self.report.bytes += handle.bytes() as u64;
         self.report.tokens += handle.tokens.count;
         self.report.micros += begun.elapsed().as_micros() as u64;
@@ -154,6 +170,11 @@ impl<T: Deref<Target: Transport>> KvRead<T> {
     /// Over which transport.
     pub fn transport(&self) -> &'static str {
         self.transport.name()
+    }
+
+    /// See [`Transport::mapped`].
+    pub fn mapped(&self, handle: &KvHandle) -> Option<Arc<Region>> {
+        self.transport.mapped(handle).cloned()
     }
 
     fn check_lease(&self, handle: &KvHandle) -> Result<(), ReadError> {
@@ -194,15 +215,13 @@ pub fn read_kv(
     Ok(read.report())
 }
 
-fn copy_checked(
-    transport: &(impl Transport + ?Sized),
+fn copy_checked<T: Transport + ?Sized>(
+    transport: &T,
     handle: &KvHandle,
-    into: &Region,
-    layout: &KvLayout,
-    slot: u32,
+    mut copy: impl FnMut(&T, usize) -> Result<u64, ReadError>,
 ) -> Result<(), ReadError> {
     for (group, expected) in handle.checksums.iter().enumerate() {
-        let sum = transport.read(handle, group, into, layout, slot)?;
+        let sum = copy(transport, group)?;
         pause();
         if sum != *expected {
             // Reused while it was read, or damaged: say which.

@@ -198,7 +198,7 @@ struct Mapped {
 /// One peer's region and lease words, mapped here.
 #[derive(Debug)]
 struct ShmPeer {
-    region: Region,
+    region: Arc<Region>,
     words: Words,
     layout: KvLayout,
 }
@@ -213,7 +213,7 @@ impl ShmPeer {
         let layout = greeting.layout;
         let region = Region::open(region, layout.region_bytes(), false).map_err(|error| error.to_string())?;
         let words = Words::open(words, layout.slots as usize).map_err(|error| error.to_string())?;
-        Ok(ShmPeer { region, words, layout })
+        Ok(ShmPeer { region: Arc::new(region), words, layout })
     }
 }
 
@@ -258,6 +258,10 @@ impl Transport for ShmPeer {
             copy_summed((&self.region, source), (into, target), bytes, Some(&mut sum));
         }
         Ok(sum.value())
+    }
+
+    fn mapped(&self, handle: &KvHandle) -> Option<&Arc<Region>> {
+        self.check(handle).is_ok().then_some(&self.region)
     }
 
     fn generation(&self, handle: &KvHandle) -> Result<u64, ReadError> {

@@ -2,8 +2,8 @@
 
 use super::Worker;
 use crate::{
-    engine::{EngineError, KvMover},
-    kv::{ReadError, Sealed, Slot, Transport, sums},
+    engine::{EngineError, KvMover, PeerSlot},
+    kv::{KvRead, ReadError, Sealed, Slot, Transport, sum_of, sums},
 };
 use forebay_schemas::{
     kv::{KvHandle, TokenRange},
@@ -54,6 +54,30 @@ impl Worker {
     /// Has the engine know these positions of a slot, which were written to the region. Blocks for as long as a copy takes.
     pub(crate) fn load(&self, slot: &Slot, tokens: TokenRange) -> Result<(), EngineError> {
         self.mirror(slot, tokens, |mover, missing| mover.load(slot.index(), missing))
+    }
+
+    /// Has the engine know what a handle names, of a read that was begun: straight from the owner's memory where the engine reaches
+    /// it, otherwise by way of the region. Blocks for as long as the copy takes.
+    pub(crate) fn read_into(
+        &self,
+        slot: &Slot,
+        read: &mut KvRead<Arc<dyn Transport>>,
+        handle: &KvHandle,
+    ) -> Result<(), ReadError> {
+        let (layout, tokens) = (&self.runner.card().layout, handle.tokens);
+        slot.spoil(tokens.start);
+        let (Some(mover), Some(region)) = (self.runner.mover(), read.mapped(handle)) else {
+            read.piece(handle, self.runner.kv(), layout, slot.index())?;
+            return Ok(self.load(slot, tokens)?);
+        };
+        let from = PeerSlot { region: &region, layout: &handle.layout, slot: handle.slot };
+        read.piece_by(handle, layout, |_, group| {
+            let planes = KvHandle::group_planes(&layout.geometry, group);
+            let mut sum = 0;
+            let mut add = || sum = sum_of(&region, &handle.layout, handle.slot, tokens, group);
+            mover.load_from(from, slot.index(), tokens, planes, &mut add)?;
+            Ok(sum)
+        })
     }
 
     fn mirror(
