@@ -33,7 +33,7 @@ nixl: ## Build with NIXL, in target/nixl, and test KV over it (needs g++)
 	cargo test --release --locked --target-dir target/nixl --package forebay-workers --features nixl --test leases
 
 gpu-check: ## Check and measure a GPU, and write what was found into docs/gpu.md (without one: SKIPPED)
-	@if ls /dev/nvidia[0-9]* /dev/dxg >/dev/null 2>&1; then scripts/setup.sh gpu; else scripts/setup.sh; fi
+	@if ls /dev/nvidia[0-9]* >/dev/null 2>&1; then scripts/setup.sh gpu; else scripts/setup.sh; fi
 	cargo build --release --locked --workspace
 	scripts/gpu-check.sh
 

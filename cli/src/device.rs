@@ -22,19 +22,29 @@ pub(crate) struct DeviceArgs {
     /// KV in a GPU's memory: auto (as what is computed with, bf16 or fp16), or fp8: half as large, and less exact.
     #[arg(long, env = "FOREBAY_KV_TYPE", default_value = "auto", value_parser = ["auto", "fp8"], value_name = "TYPE")]
     kv_type: String,
-    /// How much of the memory that a GPU has left once the model is loaded may hold KV, from 0 to 1.
-    #[arg(long, env = "FOREBAY_GPU_MEMORY", default_value_t = 0.9, value_name = "PART")]
-    gpu_memory: f64,
+    /// How much of the memory that a GPU has left once the model is loaded may hold KV, from 0 to 1. Default: 0.9; workers of `up`
+    /// share that.
+    #[arg(long, env = "FOREBAY_GPU_MEMORY", value_name = "PART")]
+    pub(crate) gpu_memory: Option<f64>,
     /// GiB of the host's memory that are pinned at most, for KV on its way between a GPU and other workers. More KV than that
-    /// takes longer.
-    #[arg(long, env = "FOREBAY_PINNED_GIB", default_value_t = 16.0, value_name = "GIB")]
-    pinned_gib: f64,
+    /// takes longer. Default: 16, or a quarter of the memory if that is less.
+    #[arg(long, env = "FOREBAY_PINNED_GIB", value_name = "GIB")]
+    pinned_gib: Option<f64>,
     /// Run the steps of a GPU as captured CUDA graphs.
     #[arg(long, env = "FOREBAY_CUDA_GRAPHS", default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
     cuda_graphs: bool,
     /// Have the CPU run the graph over the memory of a stand-in for a GPU: for tests without one.
     #[arg(long, env = "FOREBAY_BENCH_STAND_IN", hide = true)]
     bench_stand_in: bool,
+}
+
+/// How much of a GPU's memory holds KV, unless something else is said.
+pub(crate) const GPU_MEMORY: f64 = 0.9;
+
+fn pinned_bytes() -> usize {
+    let pages = rustix::system::sysinfo();
+    let all = pages.totalram as usize * pages.mem_unit.max(1) as usize;
+    (all / 4).min(16 << 30)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +131,7 @@ impl EngineArgs {
         data: &Path,
     ) -> anyhow::Result<Box<dyn Engine>> {
         let DeviceArgs { gpu_memory, pinned_gib, cuda_graphs, bench_stand_in, .. } = self.device;
+        let gpu_memory = gpu_memory.unwrap_or(GPU_MEMORY);
         if !(0.01..=1.0).contains(&gpu_memory) {
             bail!("--gpu-memory {gpu_memory}: a part from 0.01 to 1");
         }
@@ -141,7 +152,8 @@ impl EngineArgs {
             positions: (self.context + 1).min(checkpoint.config().positions_max as u32 + 1),
             chunk_tokens,
             memory: gpu_memory,
-            pinned_bytes: (pinned_gib.max(0.0) * f64::from(1 << 30)) as usize,
+            pinned_bytes: pinned_gib
+                .map_or_else(pinned_bytes, |gib| (gib.max(0.0) * f64::from(1 << 30)) as usize),
             graphs: cuda_graphs,
             threads: self.threads.unwrap_or(defaults.threads),
             library: self.onnxruntime.clone(),

@@ -3,6 +3,7 @@
 use crate::{
     ask,
     config::{AccountArgs, RegistryArgs, data_folder, init_logging, runtime, told_to_stop},
+    device::GPU_MEMORY,
     gateway::{HttpArgs, listen},
     model::ModelArgs,
     worker::WorkArgs,
@@ -54,7 +55,7 @@ pub(crate) struct UpArgs {
     /// Decode workers.
     #[arg(long, env = "FOREBAY_DECODE", default_value_t = 1, value_name = "N")]
     decode: u32,
-    /// Sequences that each decode worker holds at once (prefill workers hold 4). Default: 8.
+    /// Sequences that each decode worker holds at once (prefill workers hold 4). Default: 8, and 64 on a GPU.
     #[arg(long, env = "FOREBAY_SLOTS", value_name = "N")]
     slots: Option<u32>,
     #[command(flatten)]
@@ -201,10 +202,17 @@ async fn supervise_nats(server: &mut Option<Server>) -> anyhow::Result<()> {
     }
 }
 
-/// Workers that share cores don't spin: a spinning thread would take the other's time.
-fn compute_share(args: &UpArgs) -> Option<(String, String)> {
-    let shared = args.prefill + args.decode > 1;
-    (shared && args.model.engine.spin.is_none()).then(|| ("FOREBAY_SPIN".into(), "false".into()))
+/// Workers that share cores don't spin: a spinning thread would take the other's time. Those that share a GPU share its memory.
+fn compute_share(args: &UpArgs) -> Vec<(String, String)> {
+    let (workers, engine) = (args.prefill + args.decode, &args.model.engine);
+    let mut share = Vec::new();
+    if workers > 1 && engine.spin.is_none() {
+        share.push(("FOREBAY_SPIN".into(), "false".into()));
+    }
+    if workers > 1 && engine.device.gpu_memory.is_none() {
+        share.push(("FOREBAY_GPU_MEMORY".into(), format!("{:.3}", GPU_MEMORY / f64::from(workers))));
+    }
+    share
 }
 
 /// Waits until all serve, says so, and asks the first question.

@@ -14,7 +14,7 @@ mod transfer;
 pub use arena::{Arena, GrowError};
 pub use compile::{CompileError, Compiler, SOURCES, Source, preload};
 pub use device::{Device, DeviceError, DeviceFacts, Mark, NoDevice, Stream};
-pub use memory::{DeviceBuffer, HostBuffer, PinnedRegion, Plain};
+pub use memory::{DeviceBuffer, HostBuffer, PinBudget, PinnedRegion, Plain};
 pub use transfer::{Direction, HostSlot, Kernels, LoadError};
 
 use crate::{

@@ -234,7 +234,11 @@ impl Sealing<'_> {
         let lease = self.lease.get_or_insert_with(|| worker.leases.seal(self.slot.index(), kv_lease));
         lease.renew(kv_lease);
         let tokens = TokenRange { start: self.to, count: filled - self.to };
-        let handle = worker.seal(self.slot, lease, tokens).await?;
+        let handle = match worker.seal(self.slot, lease, tokens).await {
+            // It is computed again, and then sealed.
+            Err(EngineError::KvGone { .. }) => return Ok(()),
+            handle => handle?,
+        };
         writer.append(Body::KvReady(KvReady { handle })).await?;
         self.to = filled;
         Ok(())

@@ -25,6 +25,7 @@ impl Worker {
         if !self.runner.park(slot.index(), tokens.len() as u32).await {
             return 0;
         }
+        let index = slot.index();
         let (worker, slot) = (self.clone(), slot.clone());
         let load = move || {
             let begun = Instant::now();
@@ -37,7 +38,12 @@ impl Worker {
             tracing::debug!(slot = slot.index(), tokens, took = ?begun.elapsed(), "loaded from the prefix cache");
             tokens
         };
-        off_thread(load).await
+        let tokens = off_thread(load).await;
+        if tokens == 0 {
+            // A prompt that waits for its turn holds no memory.
+            self.runner.free(index).await;
+        }
+        tokens
     }
 
     /// Keeps the blocks of a slot that holds the KV of these tokens of a request.

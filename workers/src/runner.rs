@@ -18,7 +18,10 @@ use std::{
     },
     time::Duration,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 /// Tokens that wait for one reader. A sequence whose reader is further behind pauses.
 const OUTPUT_MAX: usize = 64;
@@ -28,6 +31,12 @@ const COMMANDS_MAX: usize = 1024;
 
 /// How often the engine looks whether a reader has caught up, when there is nothing else to do.
 const READER_POLL: Duration = Duration::from_micros(200);
+
+/// How often a sequence that waits for memory tries again although none was given back here.
+const STARVED_POLL: Duration = Duration::from_millis(100);
+
+/// How long an engine may take to end.
+const STOP_MAX: Duration = Duration::from_secs(10);
 
 /// What a sequence brings.
 #[derive(Debug)]
@@ -46,6 +55,7 @@ enum Command {
     Park(u32, u32, oneshot::Sender<bool>),
     Free(u32, oneshot::Sender<()>),
     Answer(oneshot::Sender<()>),
+    Stop(oneshot::Sender<()>),
     Budget(Budget),
 }
 
@@ -99,6 +109,8 @@ impl Runner {
             inbox,
             drawn: Vec::new(),
             starving: BTreeSet::new(),
+            starved: Instant::now(),
+            stopping: None,
             load: load.clone(),
         };
         let failed = Arc::<Mutex<Option<OpenError>>>::default();
@@ -165,6 +177,14 @@ impl Runner {
         }
     }
 
+    /// Ends the engine, and resolves once it is gone, or takes too long: what it holds of a GPU must not go while the process ends.
+    pub async fn stop(&self) {
+        let (done, wait) = oneshot::channel();
+        if self.commands.send(Command::Stop(done)).await.is_ok() {
+            let _ = tokio::time::timeout(STOP_MAX, wait).await;
+        }
+    }
+
     /// Another budget, from the next step on.
     pub async fn set_budget(&self, budget: Budget) {
         let _ = self.commands.send(Command::Budget(budget)).await;
@@ -211,6 +231,8 @@ enum Turn {
     Behind,
     /// Nothing, until a command comes.
     Idle,
+    /// Nothing any more.
+    Over,
 }
 
 struct EngineLoop {
@@ -221,6 +243,10 @@ struct EngineLoop {
     drawn: Vec<Sampled>,
     /// Slots whose sequences wait for memory.
     starving: BTreeSet<u32>,
+    /// When they were last let try.
+    starved: Instant,
+    /// Who waits for the end.
+    stopping: Option<oneshot::Sender<()>>,
     load: Arc<Load>,
 }
 
@@ -233,6 +259,7 @@ impl EngineLoop {
                     self.run_rows(&step.rows);
                 }
                 Turn::Behind => std::thread::sleep(READER_POLL),
+                Turn::Over => return self.end(),
                 Turn::Idle => match self.inbox.blocking_recv() {
                     Some(command) => self.obey(command),
                     None => return,
@@ -254,6 +281,7 @@ impl EngineLoop {
                     self.run_rows(&step.rows);
                 }
                 Turn::Behind => tokio::time::sleep(READER_POLL).await,
+                Turn::Over => return self.end(),
                 Turn::Idle => match self.inbox.recv().await {
                     Some(command) => self.obey(command),
                     None => return,
@@ -262,10 +290,20 @@ impl EngineLoop {
         }
     }
 
+    fn end(mut self) {
+        let stopping = self.stopping.take();
+        drop(self);
+        // Nobody may wait for it any more.
+        stopping.map(|done| done.send(()));
+    }
+
     /// Obeys what there is to obey, and says what comes next.
     fn turn(&mut self) -> Turn {
         while let Ok(command) = self.inbox.try_recv() {
             self.obey(command);
+        }
+        if self.stopping.is_some() {
+            return Turn::Over;
         }
         self.load.active_tokens.store(self.scheduler.tokens(), Ordering::Relaxed);
         self.load.prefill_tokens.store(self.scheduler.prompt_tokens(), Ordering::Relaxed);
@@ -277,6 +315,11 @@ impl EngineLoop {
         }
         if self.scheduler.is_idle() {
             return Turn::Idle;
+        }
+        if !self.starving.is_empty() && self.starved.elapsed() > STARVED_POLL {
+            // Memory may have come from elsewhere.
+            self.starved = Instant::now();
+            self.starving.clear();
         }
         self.drop_unread();
         Turn::Behind
@@ -293,6 +336,7 @@ impl EngineLoop {
                 let _ = done.send(sequence);
             }
             Command::Answer(done) => drop(done.send(())),
+            Command::Stop(done) => self.stopping = Some(done),
             Command::Budget(budget) => self.scheduler.set_budget(budget),
             // Commands are obeyed between steps: whoever waits knows that the next step goes by it.
             Command::Park(slot, positions, done) => {
@@ -301,15 +345,11 @@ impl EngineLoop {
             }
             Command::Free(slot, done) => {
                 self.scheduler.park(slot, 0);
-                self.release(slot);
+                self.engine.release(slot);
+                self.starving.clear();
                 let _ = done.send(());
             }
         }
-    }
-
-    fn release(&mut self, slot: u32) {
-        self.engine.release(slot);
-        self.starving.clear();
     }
 
     /// Has memory for the first positions of a sequence's slot. If there is none, sequences give theirs back, those that came
@@ -324,12 +364,17 @@ impl EngineLoop {
                     return false;
                 }
             }
-            // Sequences in front of their first token hold nothing.
-            let last = self.scheduler.latest(slot);
-            tracing::info!(slot, preempted = last, "no memory for more KV");
-            self.scheduler.preempt(last);
-            self.release(last);
+            // One that is being copied keeps its memory until that is done.
+            let last = self.scheduler.latest(slot, |other| !self.engine.is_copied(other));
             self.starving.insert(last);
+            if last == slot && self.engine.is_copied(slot) {
+                return false;
+            }
+            if self.scheduler.sequence(last).is_some_and(|sequence| sequence.filled > 0) {
+                tracing::info!(slot, preempted = last, "no memory for more KV");
+            }
+            self.scheduler.preempt(last);
+            self.engine.release(last);
             if last == slot {
                 return false;
             }
@@ -372,13 +417,16 @@ impl EngineLoop {
     }
 
     fn run_rows(&mut self, slots: &[u32]) {
+        let mut roomy = BTreeSet::new();
         for slot in slots {
-            if let Some(position) = self.scheduler.decodes(*slot) {
-                self.make_room(*slot, position + 1);
+            let position = self.scheduler.decodes(*slot);
+            if position.is_some_and(|position| self.make_room(*slot, position + 1)) {
+                roomy.insert(*slot);
             }
         }
         let row = |slot: &u32| {
-            self.scheduler.decodes(*slot)?;
+            // One that had room may have given it to a later one of these.
+            self.scheduler.decodes(*slot).filter(|_| roomy.contains(slot))?;
             let sequence = self.scheduler.sequence(*slot)?;
             Some(Row {
                 slot: *slot,
@@ -447,6 +495,7 @@ fn slot_of(error: &EngineError) -> Option<u32> {
         | EngineError::UnknownToken { slot, .. }
         | EngineError::NotFinite { slot, .. }
         | EngineError::KvFull { slot }
+        | EngineError::KvGone { slot }
         | EngineError::DamagedKv { slot, .. } => Some(*slot),
         EngineError::Runtime(_) => None,
     }

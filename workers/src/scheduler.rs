@@ -144,9 +144,9 @@ impl Scheduler {
         self.sequences.remove(&slot)
     }
 
-    /// Of the sequences that hold KV, and the one in `slot`, the one that came last.
-    pub fn latest(&self, slot: u32) -> u32 {
-        let holds = |of: &&u32| **of == slot || self.sequences[*of].filled > 0;
+    /// Of the sequences that hold KV and can give it back, and the one in `slot`, the one that came last.
+    pub fn latest(&self, slot: u32, can_give: impl Fn(u32) -> bool) -> u32 {
+        let holds = |of: &&u32| **of == slot || (self.sequences[*of].filled > 0 && can_give(**of));
         self.arrivals.iter().rfind(holds).copied().unwrap_or(slot)
     }
 
@@ -271,16 +271,14 @@ mod tests {
         scheduler.add(sequence(3, 5, 4, 3));
         scheduler.add(sequence(1, 9, 8, 3));
         scheduler.add(sequence(0, 20, 0, 3));
-        assert_eq!(
-            (scheduler.latest(3), scheduler.latest(0)),
-            (1, 0),
-            "one that holds nothing gives nothing"
-        );
+        let latest = |scheduler: &Scheduler, slot| scheduler.latest(slot, |_| true);
+        assert_eq!((latest(&scheduler, 3), latest(&scheduler, 0)), (1, 0), "who holds nothing gives nothing");
+        assert_eq!(scheduler.latest(3, |slot| slot != 1), 3, "nor does one that can't");
         scheduler.preempt(1);
         assert_eq!((scheduler.decodes(1), scheduler.decodes(3), scheduler.parked()[1]), (None, Some(4), 0));
         let step = scheduler.plan(|_| true);
         assert_eq!(step, Step { chunks: vec![chunk(1, 0, 5, false)], rows: vec![3] });
-        assert_eq!(scheduler.latest(3), 3, "a sequence that was preempted holds nothing");
+        assert_eq!(latest(&scheduler, 3), 3, "a sequence that was preempted holds nothing");
     }
 
     #[test]

@@ -248,6 +248,9 @@ pub async fn run(
         tracing::debug!("the lease will lapse by itself");
     }
     worker.bow_out().await;
+    if !matches!(outcome, Err(WorkerError::EngineHangs)) {
+        worker.runner.stop().await;
+    }
     outcome
 }
 

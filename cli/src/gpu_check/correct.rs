@@ -5,8 +5,8 @@ use anyhow::ensure;
 use forebay_kernels::{
     Region,
     cuda::{
-        Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, Kernels, NOT_FINITE, PinnedRegion, RowDraw,
-        Stream,
+        Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, Kernels, NOT_FINITE, PinBudget, PinnedRegion,
+        RowDraw, Stream,
     },
     sample,
 };
@@ -113,8 +113,8 @@ fn kv(stream: &Stream, kernels: &Kernels) -> anyhow::Result<String> {
         let bytes: Vec<u8> = (0..source.len()).map(|at| (at * 31 + at / 251) as u8).collect();
         source.write(0, &bytes);
         let target = Region::create("target", layout.region_bytes())?;
-        let [source, target] =
-            [source, target].map(|region| PinnedRegion::new(device, Arc::new(region), usize::MAX));
+        let [source, target] = [source, target]
+            .map(|region| PinnedRegion::new(device, Arc::new(region), PinBudget::new(usize::MAX)));
         arena.grow(1, tokens.end())?;
         let host = |region, slot| HostSlot { region, layout: &layout, slot };
         let planes = 0..2 * geometry.layers;

@@ -4,7 +4,7 @@ use super::{Setting, report::Report};
 use anyhow::{Context, bail};
 use forebay_kernels::{
     Region,
-    cuda::{Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, PinnedRegion},
+    cuda::{Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, PinBudget, PinnedRegion},
 };
 use forebay_schemas::{
     kv::{KvDtype, KvGeometry, KvLayout, TokenRange},
@@ -129,7 +129,7 @@ fn pinned_copies(setting: &Setting, report: &mut Report) -> anyhow::Result<()> {
     let arena = Arena::new(&setting.device, layout, layout.region_bytes() + (256 << 20))?;
     arena.grow(0, tokens.count)?;
     let region = Arc::new(Region::create("gpu-check", layout.region_bytes())?);
-    let region = PinnedRegion::new(&setting.device, region, usize::MAX);
+    let region = PinnedRegion::new(&setting.device, region, PinBudget::new(usize::MAX));
     let bytes = layout.region_bytes();
     let (mut host, device) =
         (HostBuffer::<u8>::new(&setting.device, bytes)?, DeviceBuffer::new(&setting.device, bytes)?);
@@ -235,8 +235,10 @@ fn decode(
 
 /// Multiplications and additions of a prompt's prefill.
 fn prompt_flops(config: &ModelConfig, tokens: u64) -> f64 {
-    let attention = 2 * config.hidden * config.q_width() + 2 * config.hidden * config.kv_width();
-    let matrices = config.layers * (attention + 3 * config.hidden * config.intermediate);
+    let qkv = config.hidden * (config.q_width() + 2 * config.kv_width());
+    let rest = config.hidden * (config.q_width() + 3 * config.intermediate);
+    // Past the attention of the last layer only one token goes on.
+    let matrices = config.layers * (qkv + rest) - rest;
     // Each token looks at those before it, on average half of them, for keys and for values.
     let scores = 2 * config.layers as u64 * config.q_width() as u64 * tokens;
     2.0 * tokens as f64 * matrices as f64 + tokens as f64 * scores as f64
@@ -273,6 +275,15 @@ fn prefill(
     Ok(())
 }
 
+/// Says that it is over when it is dropped.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Runs work while another slot's KV is moved again and again.
 fn while_moving<T>(mover: &Arc<dyn KvMover>, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let over = AtomicBool::new(false);
@@ -284,8 +295,11 @@ fn while_moving<T>(mover: &Arc<dyn KvMover>, work: impl FnOnce() -> anyhow::Resu
             }
             anyhow::Ok(())
         });
-        let outcome = work();
-        over.store(true, Ordering::Relaxed);
+        // Moving ends with the work, even if that panics.
+        let outcome = {
+            let _over = Over(&over);
+            work()
+        };
         moving.join().expect("moving does not panic")?;
         outcome
     })

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::{
-    backing::{Backing, Full},
+    backing::{Backing, Change, Full},
     device::{Device, DeviceError, Doing},
 };
 use cudarc::driver::sys;
@@ -22,6 +22,9 @@ pub enum GrowError {
     /// A call of the driver failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A call of the driver has failed half way, so that what has memory is not known.
+    #[error("the memory of the KV cache is in disorder: this worker must be started again")]
+    Broken,
 }
 
 /// Addresses for the KV of all slots, laid out as a region is.
@@ -43,6 +46,8 @@ struct Memory {
     /// What each granule lies over.
     handles: Vec<Handle>,
     scratch: Handle,
+    /// A call of the driver failed half way.
+    broken: bool,
 }
 
 /// Memory of one granule.
@@ -74,7 +79,12 @@ impl Arena {
             base,
             granule,
             layout,
-            memory: Mutex::new(Memory { backing, handles: Vec::new(), scratch: make(device, granule)? }),
+            memory: Mutex::new(Memory {
+                backing,
+                handles: Vec::new(),
+                scratch: make(device, granule)?,
+                broken: false,
+            }),
         };
         let memory = arena.memory.get_mut().unwrap_or_else(PoisonError::into_inner);
         // On an error the arena is dropped, which unmaps what is mapped.
@@ -107,29 +117,49 @@ impl Arena {
         self.memory().backing.limit(bytes / self.granule);
     }
 
-    /// Bytes that a slot with so many positions takes, if it is the only one.
+    /// Bytes that a slot with so many positions takes at most, if slots have no more.
     pub fn bytes_of(&self, positions: u32) -> usize {
-        self.memory().backing.granules_of(positions) * self.granule
+        let layout = KvLayout { positions, ..self.layout };
+        Backing::new(layout, self.granule, 0).granules_of_a_slot() * self.granule
     }
 
     /// Backs the first `positions` of a slot. No work that uses the arena may be under way but on slots in use.
     pub fn grow(&self, slot: u32, positions: u32) -> Result<(), GrowError> {
         let mut memory = self.memory();
+        if memory.broken {
+            return Err(GrowError::Broken);
+        }
         let full = |Full| GrowError::Full { mib: (memory.backing.backed() * self.granule) >> 20 };
         let Some(plan) = memory.backing.plan(slot, positions).map_err(full)? else { return Ok(()) };
         self.device.bind()?;
         // First what may fail for want of memory: nothing is changed then.
         let new = plan.change.backed.len() - plan.change.taken.len();
-        let mut free = (0..new).map(|_| make(&self.device, self.granule)).collect::<Result<Vec<_>, _>>()?;
-        for at in &plan.change.taken {
-            let scratch = memory.scratch.clone();
-            free.push(self.put(&mut memory, *at, scratch)?);
-        }
-        for at in &plan.change.backed {
-            let handle = free.pop().expect("as many were made and taken");
-            self.put(&mut memory, *at, handle)?;
-        }
+        let made = (0..new).map(|_| make(&self.device, self.granule)).collect::<Result<Vec<_>, _>>()?;
+        let outcome = self.apply(&mut memory, made, &plan.change);
+        // What was half done can't be told from what was done: nothing grows any more.
+        memory.broken = outcome.is_err();
+        outcome?;
         memory.backing.done(plan);
+        Ok(())
+    }
+
+    /// Lays granules over other memory: those that are taken over scratch, those that are backed over what these had, and over what
+    /// was made.
+    fn apply(&self, memory: &mut Memory, mut free: Vec<Handle>, change: &Change) -> Result<(), DeviceError> {
+        for at in &change.taken {
+            let scratch = memory.scratch.clone();
+            free.push(self.put(memory, *at, scratch)?);
+        }
+        for at in &change.backed {
+            let handle = free.pop().expect("as many were made and taken");
+            self.put(memory, *at, handle)?;
+        }
+        let mut changed: Vec<usize> = change.taken.iter().chain(&change.backed).copied().collect();
+        changed.sort_unstable();
+        // A call for each run of neighbours.
+        for run in changed.chunk_by(|one, next| one + 1 == *next) {
+            self.allow(run[0]..run[0] + run.len())?;
+        }
         Ok(())
     }
 
@@ -138,14 +168,13 @@ impl Arena {
         self.memory().backing.release(slot);
     }
 
-    /// Lays a granule over other memory, and returns what it lay over.
+    /// Lays a granule over other memory, which must then be allowed, and returns what it lay over.
     fn put(&self, memory: &mut Memory, at: usize, handle: Handle) -> Result<Handle, DeviceError> {
         let address = self.base + (at * self.granule) as u64;
         // SAFETY: the granule is mapped, and the caller says that nothing uses it.
         unsafe { sys::cuMemUnmap(address, self.granule).result() }.doing("unmapping memory")?;
         // SAFETY: nothing is mapped there any more.
         unsafe { map(self.base, at, self.granule, &handle)? };
-        self.allow(at..at + 1)?;
         Ok(std::mem::replace(&mut memory.handles[at], handle))
     }
 

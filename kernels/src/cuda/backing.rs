@@ -63,9 +63,10 @@ impl Backing {
         self.most = most;
     }
 
-    /// Granules that a slot with so many positions touches.
-    pub(super) fn granules_of(&self, positions: u32) -> usize {
-        self.touched(0, positions).len()
+    /// Granules that a whole slot touches, of those slots the one that touches most.
+    pub(super) fn granules_of_a_slot(&self) -> usize {
+        let slots = 0..self.layout.slots;
+        slots.map(|slot| self.touched(slot, self.layout.positions).len()).max().unwrap_or(0)
     }
 
     /// What must be done before the first `positions` of a slot may be used, if anything.

@@ -116,6 +116,8 @@ impl fmt::Display for DeviceFacts {
 pub struct Device {
     pub(super) context: Arc<CudaContext>,
     facts: Arc<DeviceFacts>,
+    /// Whether kernels reach pinned memory of the host by the address that the host has for it.
+    pub(super) one_address: bool,
 }
 
 impl Device {
@@ -149,7 +151,14 @@ impl Device {
         if capability < CAPABILITY_MIN {
             return Err(NoDevice::OldGpu { name, capability });
         }
-        Ok(Device { context, facts: Arc::new(DeviceFacts { ordinal, name, capability, bytes, cuda }) })
+        let one_address =
+            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM;
+        let one_address = context.attribute(one_address).doing("asking how pinned memory is reached")? != 0;
+        Ok(Device {
+            one_address,
+            context,
+            facts: Arc::new(DeviceFacts { ordinal, name, capability, bytes, cuda }),
+        })
     }
 
     /// What it is.
@@ -201,6 +210,13 @@ impl Stream {
         // A thread that waits sleeps: it has no better use for the processor.
         let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
         let event = self.stream.record_event(Some(flags)).doing("marking a stream")?;
+        Ok(Mark(Arc::new(event)))
+    }
+
+    /// The same for who waits a moment only: a thread that waits does not sleep.
+    pub(super) fn mark_to_spin(&self) -> Result<Mark, DeviceError> {
+        self.device.bind()?;
+        let event = self.stream.record_event(None).doing("marking a stream")?;
         Ok(Mark(Arc::new(event)))
     }
 

@@ -29,8 +29,11 @@ impl Stream {
     /// `vocab / 32` words for each row, rounded up; there may be none if no row has one.
     ///
     /// # Panics
-    /// If a buffer has no room for so many rows. What rows say of `tokens` and `masks` is the caller's.
-    pub fn adjust(
+    /// If a buffer has no room for so many rows.
+    ///
+    /// # Safety
+    /// What `how` says of each row must be true: its tokens lie in `tokens`, and there are masks if it has one.
+    pub unsafe fn adjust(
         &self,
         kernels: &Kernels,
         (logits, vocab): (&DeviceBuffer<f32>, u32),
@@ -46,7 +49,8 @@ impl Stream {
         let (tokens, masks) = (tokens.address(), masks.address());
         let arguments =
             [argument(&logits), argument(&vocab), argument(&how), argument(&tokens), argument(&masks)];
-        // SAFETY: these are the kernel's parameters; the buffers hold what it reads and writes, and wait for it before they go.
+        // SAFETY: these are the kernel's parameters; the buffers hold what it reads and writes, as the caller says of two, and wait
+        // for it before they go.
         unsafe { self.launch(&kernels.adjust, rows as u32, THREADS, arguments) }.doing("adjusting logits")
     }
 
@@ -67,7 +71,7 @@ impl Stream {
         assert!(fits, "{rows} rows");
         let (logits, draws, tokens) = (logits.address(), draws.address(), tokens.address());
         let arguments = [argument(&logits), argument(&vocab), argument(&draws), argument(&tokens)];
-        // SAFETY: as above.
+        // SAFETY: these are the kernel's parameters; the buffers hold what it reads and writes, and wait for it before they go.
         unsafe { self.launch(&kernels.sample, rows as u32, THREADS, arguments) }.doing("drawing tokens")
     }
 

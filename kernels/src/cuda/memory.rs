@@ -11,7 +11,10 @@ use std::{
     marker::PhantomData,
     ops::Range,
     ptr::NonNull,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 /// Elements that are only bytes: any are valid, and none is a pointer.
@@ -148,7 +151,7 @@ impl Stream {
                 .result()
         }
         .doing("copying to the GPU")?;
-        from.used = Some(self.mark()?);
+        from.used = Some(self.mark_to_spin()?);
         Ok(())
     }
 
@@ -176,7 +179,7 @@ impl Stream {
             .result()
         }
         .doing("copying from the GPU")?;
-        into.used = Some(self.mark()?);
+        into.used = Some(self.mark_to_spin()?);
         Ok(())
     }
 
@@ -209,8 +212,28 @@ impl Stream {
 pub struct PinnedRegion {
     region: Arc<Region>,
     device: Device,
-    bytes_max: usize,
+    budget: PinBudget,
     pinned: Mutex<Pinned>,
+}
+
+/// How much may be pinned, in one region or several.
+#[derive(Clone, Debug)]
+pub struct PinBudget(Arc<AtomicUsize>);
+
+impl PinBudget {
+    /// So many bytes.
+    pub fn new(bytes: usize) -> PinBudget {
+        PinBudget(Arc::new(AtomicUsize::new(bytes)))
+    }
+
+    fn take(&self, bytes: usize) -> bool {
+        let less = |left: usize| left.checked_sub(bytes);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
+    }
+
+    fn put_back(&self, bytes: usize) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -221,9 +244,9 @@ struct Pinned {
 }
 
 impl PinnedRegion {
-    /// Nothing is pinned yet, and at most `bytes_max` will be.
-    pub fn new(device: &Device, region: Arc<Region>, bytes_max: usize) -> PinnedRegion {
-        PinnedRegion { region, device: device.clone(), bytes_max, pinned: Mutex::default() }
+    /// Nothing is pinned yet.
+    pub fn new(device: &Device, region: Arc<Region>, budget: PinBudget) -> PinnedRegion {
+        PinnedRegion { region, device: device.clone(), budget, pinned: Mutex::default() }
     }
 
     /// The region.
@@ -232,8 +255,8 @@ impl PinnedRegion {
     }
 
     /// Pins a part of whole pages, and commits it; the same part again costs nothing. Blocks meanwhile. Returns whether it is
-    /// pinned: it is not, if more would be than may be, or pages are shared with other parts, or another process's memory can't be.
-    /// Copies of it then go by a detour that the driver makes.
+    /// pinned: it is not where pages are shared with other parts, the budget is used up, or the system refuses. Copies of it then go
+    /// by a detour that the driver makes.
     pub fn pin(&self, part: Range<usize>) -> Result<bool, DeviceError> {
         if [part.start, part.end].iter().any(|at| at % rustix::param::page_size() != 0) {
             return Ok(false);
@@ -242,15 +265,19 @@ impl PinnedRegion {
         if pinned.parts.contains_key(&part.start) {
             return Ok(true);
         }
-        if pinned.bytes + part.len() > self.bytes_max {
+        if !self.budget.take(part.len()) {
             return Ok(false);
         }
         self.device.bind()?;
         let at = self.region.at(part.start, part.len(), false).cast::<c_void>();
-        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // Another process's region is mapped for reading.
+        let read_only = if self.region.is_writable() { 0 } else { sys::CU_MEMHOSTREGISTER_READ_ONLY };
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP | read_only;
         // SAFETY: the range is mapped for as long as the region lives, and is unpinned before.
-        unsafe { sys::cuMemHostRegister_v2(at, part.len(), flags).result() }
-            .doing("pinning memory of the host")?;
+        if unsafe { sys::cuMemHostRegister_v2(at, part.len(), flags).result() }.is_err() {
+            self.budget.put_back(part.len());
+            return Ok(false);
+        }
         pinned.parts.insert(part.start, part.len());
         pinned.bytes += part.len();
         Ok(true)
@@ -273,6 +300,7 @@ impl Drop for PinnedRegion {
             let at = self.region.at(*start, *bytes, false);
             // SAFETY: it was pinned, and nothing is under way.
             let _ = unsafe { sys::cuMemHostUnregister(at.cast()).result() };
+            self.budget.put_back(*bytes);
         }
     }
 }

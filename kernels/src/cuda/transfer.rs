@@ -127,7 +127,7 @@ impl Stream {
         if tokens.count == 0 || planes.is_empty() {
             return Ok(());
         }
-        let mut pinned = true;
+        let mut pinned = self.device.one_address;
         for plane in planes.clone() {
             let start = host.layout.slot_offset(plane as usize, host.slot as usize);
             pinned &= host.region.pin(start..start + host.layout.slot_stride())?;

@@ -191,7 +191,8 @@ EXPORT int cuDeviceGetName(char *name, int bytes, int device) {
 }
 EXPORT int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = total(), device; }
 EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute == 75 ? 9 : 0; // COMPUTE_CAPABILITY_MAJOR; MINOR and MEMORY_POOLS_SUPPORTED are 0.
+    // COMPUTE_CAPABILITY_MAJOR is 9, MINOR and MEMORY_POOLS_SUPPORTED are 0; CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM.
+    *value = attribute == 75 ? 9 : attribute == 91;
     return device;
 }
 EXPORT int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &ranges, device; }
@@ -234,7 +235,19 @@ EXPORT int cuMemHostAlloc(u8 **address, size_t bytes, unsigned flags) {
 }
 EXPORT int cuMemFreeHost(void *address) { LOCKED(unallocate(address, HOST_MEMORY)); }
 
-static int pin(u8 *start, size_t bytes) {
+static int is_writable(const u8 *at) {
+    FILE *maps = fopen("/proc/self/maps", "r");
+    unsigned long from, to;
+    char access[5] = "", line[512];
+    int found = 0;
+    while (!found && maps && fgets(line, sizeof line, maps))
+        if (sscanf(line, "%lx-%lx %4s", &from, &to, access) == 3) found = (u64)at >= from && (u64)at < to;
+    if (maps) fclose(maps);
+    return found && access[1] == 'w';
+}
+static int pin(u8 *start, size_t bytes, int read_only) {
+    // Memory that is mapped for reading only must be said to be.
+    if (!read_only && !is_writable(start)) return INVALID;
     for (Range *range = ranges; range; range = range->next)
         if (range->kind == REGISTERED && start < range->start + range->bytes && range->start < start + bytes)
             return ALREADY_PINNED;
@@ -242,8 +255,7 @@ static int pin(u8 *start, size_t bytes) {
     return OK;
 }
 EXPORT int cuMemHostRegister_v2(void *start, size_t bytes, unsigned flags) {
-    (void)flags;
-    LOCKED(pin(start, bytes));
+    LOCKED(pin(start, bytes, (flags & 8) != 0));
 }
 EXPORT int cuMemHostUnregister(void *start) {
     LOCKED(range_at(start, REGISTERED) ? (drain_all(), forget(range_at(start, REGISTERED)), OK) : NOT_PINNED);

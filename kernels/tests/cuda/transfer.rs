@@ -3,7 +3,7 @@
 use super::stand_in;
 use forebay_kernels::{
     Region,
-    cuda::{Arena, Direction, HostSlot, PinnedRegion},
+    cuda::{Arena, Direction, HostSlot, PinBudget, PinnedRegion},
 };
 use forebay_schemas::kv::{KvDtype, KvGeometry, KvLayout, TokenRange};
 use proptest::prelude::*;
@@ -49,7 +49,7 @@ proptest! {
         let budget = if pinned { usize::MAX } else { 0 };
         let (source, target) = (region(&layout, 0), region(&layout, 7));
         let (expected, mut wanted) = (bytes_of(&source), bytes_of(&target));
-        let [source, target] = [source, target].map(|region| PinnedRegion::new(&device, region, budget));
+        let [source, target] = [source, target].map(|region| PinnedRegion::new(&device, region, PinBudget::new(budget)));
         let host = |region, slot| HostSlot { region, layout: &layout, slot };
         let detours = stand_in::counts().map(|counts| counts[3]);
         stream.move_kv(&kernels, Direction::In, (&arena, slot), host(&source, other), tokens, planes.clone()).unwrap();

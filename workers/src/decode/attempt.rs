@@ -200,6 +200,9 @@ impl Attempt<'_> {
 
     /// Keeps the whole sequence's KV for the next turn of the conversation. The last token was drawn and not run.
     async fn keep(&self, state: &Lifecycle) {
+        if self.worker.cache.is_off() {
+            return;
+        }
         let mut tokens = state.sequence();
         tokens.pop();
         self.worker.store_prefix(self.slot, state, &tokens).await;

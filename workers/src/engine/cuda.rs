@@ -19,7 +19,7 @@ use forebay_kernels::{
     Region,
     cuda::{
         Arena, Device, DeviceBuffer, DeviceError, Direction, GrowError, HostBuffer, HostSlot, Kernels,
-        LoadError, NOT_FINITE, NoDevice, PinnedRegion, RowDraw, Stream,
+        LoadError, NOT_FINITE, NoDevice, PinBudget, PinnedRegion, RowDraw, Stream,
     },
 };
 use forebay_schemas::{
@@ -36,7 +36,7 @@ use ort::{
 use std::{
     ops::Range,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// How to open a [`CudaEngine`].
@@ -118,8 +118,8 @@ pub enum CudaOpenError {
     },
     /// Not even one sequence fits beside the weights.
     #[error(
-        "beside the weights, {name} has {room:.2} GiB for KV, and a context of {context} tokens takes {needed:.2} GiB: \
-         --context {fits} fits"
+        "beside the weights, {name} has {room:.2} GiB for KV, and a context of {context} tokens takes {needed:.2} GiB{}",
+        fits.map_or(String::new(), |fits| format!(": --context {fits} fits"))
     )]
     KvTooLarge {
         /// The GPU.
@@ -130,8 +130,8 @@ pub enum CudaOpenError {
         context: u32,
         /// GiB that they take.
         needed: f64,
-        /// Tokens that fit.
-        fits: u32,
+        /// Tokens that fit, if any do.
+        fits: Option<u32>,
     },
 }
 
@@ -164,13 +164,13 @@ impl From<DeviceError> for EngineError {
 
 /// See the [module](self).
 pub struct CudaEngine {
+    /// Dropped before what it computes on.
+    program: Program,
     card: EngineCard,
     device: Device,
     stream: Stream,
     kernels: Kernels,
     kv: Arc<CudaKv>,
-    /// Dropped before what it computes on.
-    program: Program,
     provider: Provider,
     slot_views: Vec<Option<KvView>>,
     buckets: Vec<Bucket>,
@@ -243,12 +243,14 @@ impl CudaEngine {
         };
         let region = Arc::new(Region::create("forebay-kv", layout.region_bytes())?);
         let arena = Arc::new(Arena::new(&device, layout, 0)?);
-        let pinned = PinnedRegion::new(&device, region, options.pinned_bytes);
+        let budget = PinBudget::new(options.pinned_bytes);
+        let pinned = PinnedRegion::new(&device, region, budget.clone());
         let kv = CudaKv {
             arena: arena.clone(),
             region: pinned,
             peers: Mutex::default(),
-            pinned_bytes: options.pinned_bytes,
+            budget,
+            slots: Mutex::new(vec![SlotUse::default(); options.slots as usize]),
             kernels: kernels.clone(),
             out: device.stream()?,
             r#in: device.stream()?,
@@ -316,6 +318,11 @@ impl CudaEngine {
     pub fn step_bytes(&self, context: u32) -> u64 {
         let kv = self.card.layout.geometry.bytes_per_token() as u64;
         self.weight_bytes + kv * u64::from(context)
+    }
+
+    /// Waits for what a step that failed has queued: nothing is under way when its slots are used for something else.
+    fn settle(&self) {
+        let _ = self.stream.synchronize();
     }
 
     /// Draws the first rows of the logits, and waits for the tokens.
@@ -445,35 +452,50 @@ impl Engine for CudaEngine {
         }
         let room = (self.device.free_bytes()? as f64 * self.memory) as usize;
         self.kv.arena.limit(room);
-        let context = self.card.context_limit;
-        let needed = self.kv.arena.bytes_of(context);
+        let (context, geometry) = (self.card.context_limit, self.card.layout.geometry);
+        let bytes_of = |context| self.kv.arena.bytes_of(whole_pages(&geometry, context + 1));
+        let needed = bytes_of(context);
         if needed > room {
-            let fits = (1..=context).rev().step_by(16).find(|tokens| self.kv.arena.bytes_of(*tokens) <= room);
+            let fits = (1..=context).rev().step_by(64).find(|tokens| bytes_of(*tokens) <= room);
             return Err(CudaOpenError::KvTooLarge {
                 name: self.device.facts().name.clone(),
                 room: room as f64 / GIB,
                 context,
                 needed: needed as f64 / GIB,
-                fits: fits.unwrap_or(0),
+                fits,
             }
             .into());
         }
-        let most = room / self.card.layout.geometry.bytes_per_token();
-        tracing::info!("{:.1} GiB for KV: {most} tokens", room as f64 / GIB);
+        tracing::info!(
+            "{:.1} GiB for KV: {} sequences of {context} tokens, and more shorter ones",
+            room as f64 / GIB,
+            room / needed
+        );
         Ok(())
     }
 
     fn reserve(&mut self, slot: u32, positions: u32) -> Result<(), EngineError> {
-        match self.kv.arena.grow(slot, positions.min(self.card.layout.positions)) {
-            Ok(()) => Ok(()),
-            Err(GrowError::Full { .. }) => Err(EngineError::KvFull { slot }),
-            Err(GrowError::Device(error)) if error.is_out_of_memory() => Err(EngineError::KvFull { slot }),
-            Err(GrowError::Device(error)) => Err(error.into()),
+        let (arena, positions) = (&self.kv.arena, positions.min(self.card.layout.positions));
+        let mut grown = arena.grow(slot, positions);
+        if matches!(&grown, Err(GrowError::Device(error)) if error.is_out_of_memory()) {
+            // Somebody else has what was counted on: what there is must do from now on.
+            tracing::warn!("the GPU has less memory left than there was at first");
+            arena.limit(arena.backed_bytes());
+            grown = arena.grow(slot, positions);
         }
+        grown.map_err(|error| match error {
+            GrowError::Full { .. } => EngineError::KvFull { slot },
+            error => EngineError::Runtime(error.to_string()),
+        })
     }
 
     fn release(&mut self, slot: u32) {
+        self.kv.fill(slot, 0);
         self.kv.arena.release(slot);
+    }
+
+    fn is_copied(&self, slot: u32) -> bool {
+        self.kv.slots()[slot as usize].copies > 0
     }
 
     fn prefill(
@@ -488,17 +510,22 @@ impl Engine for CudaEngine {
         // Of a longer prompt, chunk after chunk.
         let longest = self.inputs.ids.buffer().len();
         for (start, tokens) in (start..).step_by(longest).zip(tokens.chunks(longest)) {
-            self.run_chunk(slot, start, tokens)?;
+            let run = self.run_chunk(slot, start, tokens);
+            run.inspect_err(|_| self.settle())?;
         }
+        let filled = start + tokens.len() as u32;
         let Some(draw) = draw else {
             // What others are told to be filled is.
             self.stream.synchronize()?;
+            self.kv.fill(slot, filled);
             return Ok(None);
         };
         self.inputs.host_draws.data()?[0] = RowDraw::new(draw.sampling, draw.index);
         self.logit_rows = vec![0];
-        match self.draw(1)?[0] {
-            NOT_FINITE => Err(EngineError::NotFinite { slot, position: start + tokens.len() as u32 - 1 }),
+        let token = self.draw(1)?[0];
+        self.kv.fill(slot, filled);
+        match token {
+            NOT_FINITE => Err(EngineError::NotFinite { slot, position: filled - 1 }),
             token => Ok(Some(Sampled::new(token))),
         }
     }
@@ -516,7 +543,8 @@ impl Engine for CudaEngine {
             self.reserve(row.slot, row.position + 1)?;
         }
         let number = self.buckets.partition_point(|bucket| bucket.rows <= highest);
-        self.run_rows(number, rows, parked)?;
+        let run = self.run_rows(number, rows, parked);
+        run.inspect_err(|_| self.settle())?;
         let batch = self.buckets[number].rows as usize;
         let draws = self.inputs.host_draws.data()?;
         draws[..batch].fill(RowDraw::new(&Sampling::GREEDY, 0));
@@ -524,8 +552,10 @@ impl Engine for CudaEngine {
             draws[row.slot as usize] = RowDraw::new(row.draw.sampling, row.draw.index);
         }
         self.logit_rows = rows.iter().map(|row| row.slot).collect();
+        let kv = self.kv.clone();
         let tokens = self.draw(batch)?;
         for row in rows {
+            kv.fill(row.slot, row.position + 1);
             match tokens[row.slot as usize] {
                 NOT_FINITE => return Err(EngineError::NotFinite { slot: row.slot, position: row.position }),
                 token => out.push(Sampled::new(token)),
@@ -593,7 +623,8 @@ impl CudaEngine {
         self.logits.set_shape(&[batch as i64, i64::from(self.card.vocab)])?;
         inputs.host_ids.data()?[..batch].fill(0);
         let lens = &mut inputs.host_lens.data()?[..batch];
-        lens.fill(0);
+        // The last position of a slot is never a sequence's.
+        lens.fill(self.card.layout.positions as i32 - 1);
         lens.iter_mut().zip(parked).for_each(|(len, at)| *len = *at as i32);
         inputs.host_last.data()?[..batch].iter_mut().zip(0..).for_each(|(last, row)| *last = row);
         for row in rows {
@@ -625,27 +656,84 @@ impl Inputs {
     }
 }
 
+/// What is known of a slot by those who copy.
+#[derive(Clone, Copy, Debug, Default)]
+struct SlotUse {
+    /// Positions that hold KV.
+    filled: u32,
+    /// Copies under way.
+    copies: u32,
+}
+
 /// KV between the GPU's memory and the region: each way on a stream of its own, while the engine computes.
 struct CudaKv {
     arena: Arc<Arena>,
     region: PinnedRegion,
     /// Regions of other workers on this host, from which was read; the last one last.
     peers: Mutex<Vec<Arc<PinnedRegion>>>,
-    pinned_bytes: usize,
+    /// What all of them may pin.
+    budget: PinBudget,
+    slots: Mutex<Vec<SlotUse>>,
     kernels: Kernels,
     out: Stream,
     r#in: Stream,
 }
 
+/// A copy under way.
+struct Copying<'a> {
+    kv: &'a CudaKv,
+    slot: u32,
+}
+
+impl Drop for Copying<'_> {
+    fn drop(&mut self) {
+        self.kv.slots()[self.slot as usize].copies -= 1;
+    }
+}
+
 impl CudaKv {
+    fn slots(&self) -> MutexGuard<'_, Vec<SlotUse>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody takes a slot's memory while this is held. The first `filled` positions must be there.
+    fn hold(&self, slot: u32, filled: u32) -> Result<Copying<'_>, EngineError> {
+        let of = &mut self.slots()[slot as usize];
+        if of.filled < filled {
+            return Err(EngineError::KvGone { slot });
+        }
+        of.copies += 1;
+        Ok(Copying { kv: self, slot })
+    }
+
+    fn fill(&self, slot: u32, filled: u32) {
+        self.slots()[slot as usize].filled = filled;
+    }
+
     fn copy(&self, direction: Direction, slot: u32, tokens: TokenRange) -> Result<(), EngineError> {
         let stream = if direction == Direction::Out { &self.out } else { &self.r#in };
         let layout = self.arena.layout();
         let host = HostSlot { region: &self.region, layout, slot };
-        let planes = 0..2 * layout.geometry.layers;
-        stream.move_kv(&self.kernels, direction, (&self.arena, slot), host, tokens, planes)?;
+        self.queue(stream, direction, slot, host, tokens, 0..2 * layout.geometry.layers)?;
         // Whoever waits sleeps, and others queue their copies meanwhile.
         Ok(stream.mark()?.wait()?)
+    }
+
+    fn queue(
+        &self,
+        stream: &Stream,
+        direction: Direction,
+        slot: u32,
+        host: HostSlot<'_>,
+        tokens: TokenRange,
+        planes: Range<u32>,
+    ) -> Result<(), EngineError> {
+        let queued = stream.move_kv(&self.kernels, direction, (&self.arena, slot), host, tokens, planes);
+        if queued.is_err() {
+            // What was queued before is done before anybody uses the slot for something else.
+            let _ = stream.synchronize();
+        }
+        Ok(queued?)
     }
 
     /// Another worker's region, known to the driver. Those that nobody else holds any more are of workers that are gone.
@@ -655,7 +743,7 @@ impl CudaKv {
         if let Some(known) = peers.iter().find(|peer| Arc::ptr_eq(peer.region(), region)) {
             return known.clone();
         }
-        let peer = PinnedRegion::new(self.r#in.device(), region.clone(), self.pinned_bytes);
+        let peer = PinnedRegion::new(self.r#in.device(), region.clone(), self.budget.clone());
         peers.push(Arc::new(peer));
         peers[peers.len() - 1].clone()
     }
@@ -663,11 +751,15 @@ impl CudaKv {
 
 impl KvMover for CudaKv {
     fn save(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError> {
+        let _held = self.hold(slot, tokens.end())?;
         self.copy(Direction::Out, slot, tokens)
     }
 
     fn load(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError> {
-        self.copy(Direction::In, slot, tokens)
+        let _held = self.hold(slot, 0)?;
+        self.copy(Direction::In, slot, tokens)?;
+        self.fill(slot, tokens.end());
+        Ok(())
     }
 
     fn load_from(
@@ -678,11 +770,17 @@ impl KvMover for CudaKv {
         planes: Range<u32>,
         beside: &mut dyn FnMut(),
     ) -> Result<(), EngineError> {
+        let _held = self.hold(slot, 0)?;
         let peer = self.peer(from.region);
         let host = HostSlot { region: &peer, layout: from.layout, slot: from.slot };
-        self.r#in.move_kv(&self.kernels, Direction::In, (&self.arena, slot), host, tokens, planes)?;
+        let last = planes.end == 2 * from.layout.geometry.layers;
+        self.queue(&self.r#in, Direction::In, slot, host, tokens, planes)?;
         let done = self.r#in.mark()?;
         beside();
-        Ok(done.wait()?)
+        done.wait()?;
+        if last {
+            self.fill(slot, tokens.end());
+        }
+        Ok(())
     }
 }

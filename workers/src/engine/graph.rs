@@ -148,8 +148,13 @@ pub(super) fn build(
 /// Bytes that a checkpoint's weights take in memory.
 pub(super) fn weight_bytes(checkpoint: &Checkpoint, precision: Precision) -> u64 {
     let (table, stored) = table(checkpoint);
-    let shared = checkpoint.config().tied && precision.scheme().is_none();
-    // A tied head that is quantized has a copy of the table.
+    let as_stored = match precision {
+        Precision::F16 => Dtype::F16,
+        Precision::F32 => Dtype::F32,
+        _ => Dtype::Bf16,
+    } == checkpoint.tensor("model.embed_tokens.weight").dtype();
+    let shared = checkpoint.config().tied && precision.scheme().is_none() && as_stored;
+    // A tied head that is quantized, or of another type, has a copy of the table.
     step_bytes(checkpoint, precision) + if shared { 0 } else { (table * stored) as u64 }
 }
 

@@ -58,6 +58,11 @@ pub trait Engine: Send {
     /// The KV of a slot is no longer needed.
     fn release(&mut self, _slot: u32) {}
 
+    /// Whether a [`KvMover`] copies from or to a slot at this moment: its memory can't be released.
+    fn is_copied(&self, _slot: u32) -> bool {
+        false
+    }
+
     /// Runs `tokens` of one slot at positions `start..`, as one call (the caller chunks). Positions below
     /// `start` must hold the KV of the tokens before. With `draw`, also samples the token that follows.
     fn prefill(
@@ -94,7 +99,8 @@ pub trait Engine: Send {
 
 /// Copies KV between a region and an engine's own memory, from any thread.
 pub trait KvMover: Send + Sync {
-    /// Brings positions of a slot that the engine has filled into the region. Blocks until they are there.
+    /// Brings positions of a slot that the engine has filled into the region. Blocks until they are there. Says
+    /// [`EngineError::KvGone`] if they are not, or no longer, filled.
     fn save(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError>;
 
     /// Brings positions of a slot of the region to where the engine computes, which has memory for them. Blocks until they are
@@ -215,6 +221,12 @@ pub enum EngineError {
     /// There is no memory for more KV. It may come when another sequence ends.
     #[error("slot {slot}: there is no memory for more KV")]
     KvFull {
+        /// Which slot.
+        slot: u32,
+    },
+    /// KV that was to be copied is no longer there: its memory was given to another sequence.
+    #[error("slot {slot}: the KV has made room for another sequence")]
+    KvGone {
         /// Which slot.
         slot: u32,
     },
