@@ -2,7 +2,7 @@
 //!
 //! A decode step is one captured CUDA graph for each of a few batch sizes, then a kernel that draws; only token ids cross the
 //! bus. Prompts run chunk by chunk without a graph. KV lies in an [`Arena`]; the region that other workers read mirrors it, slot
-//! for slot, and [`CudaKv`] copies between the two on streams of their own.
+//! for slot, and `CudaKv` copies between the two on streams of their own.
 
 pub mod peak;
 

@@ -8,7 +8,7 @@
 //!
 //! A layer on the CPU is nine nodes: norm → QKV → `fused` head norms → attention (RoPE inside) → output projection, norm →
 //! gate and up → `fused` SwiGLU → down. The norms add the residual. In the last layer only the wanted rows go
-//! past the attention. A GPU has no operators of ours: [`Form`] says what takes their place.
+//! past the attention. A GPU has no operators of ours: `Form` says what takes their place.
 
 use super::{
     binding::{self, MappedType},
