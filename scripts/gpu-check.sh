@@ -21,7 +21,7 @@ if grep -q ^SKIPPED "$found"; then exit 0; fi
 
 # Workers that run the model on the GPU are killed, frozen and cut off under load.
 if [ -x target/release/chaos ]; then
-    FOREBAY_DEVICE=cuda:${GPU:-0} target/release/chaos --engine onnx --faults "${FAULTS:-30}"
+    target/release/chaos --engine onnx --device "cuda:${GPU:-0}" --faults "${FAULTS:-30}"
 else
     echo "SKIPPED: faults on the GPU: target/release/chaos is missing"
 fi

@@ -36,7 +36,7 @@ const READER_POLL: Duration = Duration::from_micros(200);
 const STARVED_POLL: Duration = Duration::from_millis(100);
 
 /// How long an engine may take to end.
-const STOP_MAX: Duration = Duration::from_secs(10);
+const STOP_MAX: Duration = Duration::from_secs(5);
 
 /// What a sequence brings.
 #[derive(Debug)]

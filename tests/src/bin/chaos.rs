@@ -50,6 +50,9 @@ struct Arguments {
     /// Milliseconds of a simulated decode step.
     #[arg(long, default_value_t = 15, value_name = "MS")]
     step_ms: u64,
+    /// What computes with `--engine onnx`: `cpu`, `cuda:0` or another GPU.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: String,
     /// NATS is a cluster of three, whose servers are killed one at a time.
     #[arg(long)]
     cluster: bool,
@@ -88,6 +91,7 @@ impl Arguments {
             only: self.only.clone(),
             pause: Duration::from_millis(self.pause_ms),
             step: Duration::from_millis(self.step_ms),
+            device: self.device.clone(),
             cluster: self.cluster,
             slowest: self.slowest,
             ..Options::new(engine, self.faults, seed)
@@ -96,11 +100,12 @@ impl Arguments {
 
     /// How to run one engine again.
     fn again(&self, engine: Engine, seed: u64) -> String {
+        let device = if self.device == "cpu" { String::new() } else { format!(" --device {}", self.device) };
         let cluster = if self.cluster { " --cluster" } else { "" };
         let only: String = self.only.iter().map(|kind| format!(" --only '{kind}'")).collect();
         format!(
             "cargo run --release -p forebay-tests --bin chaos -- --engine {engine} --seed {seed} --faults {} --clients {} \
-             --gateways {} --decode {} --prefill {} --at-once {} --step-ms {} --pause-ms {}{only}{cluster}",
+             --gateways {} --decode {} --prefill {} --at-once {} --step-ms {} --pause-ms {}{only}{device}{cluster}",
             self.faults,
             self.clients,
             self.gateways,

@@ -89,6 +89,8 @@ pub struct Options {
     pub tokens: u32,
     /// Time of a simulated decode step.
     pub step: Duration,
+    /// What computes, as `--device` of a worker has it.
+    pub device: String,
     /// Whether NATS is a cluster of three.
     pub cluster: bool,
     /// Of how many of the longest silences the report has the logs.
@@ -112,6 +114,7 @@ impl Options {
             questions: 24,
             tokens: 200,
             step: Duration::from_millis(15),
+            device: "cpu".to_owned(),
             cluster: false,
             slowest: 0,
         }
@@ -196,6 +199,11 @@ fn settle(deployment: &mut Deployment, options: &Options, step: Duration) {
         deployment.simulate(step);
         // A prompt of a hundred tokens takes as long as some ten steps.
         deployment.set("FOREBAY_SIM_PREFILL_TOKEN_US", &(step.as_micros() / 10).to_string());
+    }
+    deployment.set("FOREBAY_DEVICE", &options.device);
+    // A stand-in for a GPU, where there is none.
+    if let Ok(stand_in) = std::env::var("FOREBAY_BENCH_STAND_IN") {
+        deployment.set("FOREBAY_BENCH_STAND_IN", &stand_in);
     }
     deployment.set("FOREBAY_CHUNK", "24");
     // The shortest prompts stay with the decode worker.
