@@ -102,6 +102,11 @@ impl Arena {
         &self.layout
     }
 
+    /// The GPU that it is of.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Where it begins.
     pub fn address(&self) -> u64 {
         self.base

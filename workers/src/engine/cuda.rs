@@ -4,11 +4,12 @@
 //! bus. Prompts run chunk by chunk without a graph. KV lies in an [`Arena`]; the region that other workers read mirrors it, slot
 //! for slot, and `CudaKv` copies between the two on streams of their own.
 
+mod mover;
 pub mod peak;
 
 pub use super::binding::Provider;
 use super::{
-    Draw, Engine, EngineCard, EngineError, KvMover, PeerSlot, Row, Sampled,
+    Draw, Engine, EngineCard, EngineError, KvMover, Row, Sampled,
     binding::{CudaTensor, CudaTensorError, KvView, Program, RunOptions, Step, Tensor, with_cuda},
     checkpoint::{Checkpoint, Dtype},
     graph::{self, Form, Norms, Precision},
@@ -18,14 +19,15 @@ use super::{
 use forebay_kernels::{
     Region,
     cuda::{
-        Arena, Device, DeviceBuffer, DeviceError, Direction, GrowError, HostBuffer, HostSlot, Kernels,
-        LoadError, NOT_FINITE, NoDevice, PinBudget, PinnedRegion, RowDraw, Stream,
+        Arena, Device, DeviceBuffer, DeviceError, GrowError, HostBuffer, Kernels, LoadError, NOT_FINITE,
+        NoDevice, PinBudget, PinnedRegion, RowDraw, Stream,
     },
 };
 use forebay_schemas::{
-    kv::{KvDtype, KvGeometry, KvLayout, TokenRange},
+    kv::{KvDtype, KvGeometry, KvLayout},
     sampling::Sampling,
 };
+use mover::CudaKv;
 use ort::{
     environment::Environment,
     session::{
@@ -33,11 +35,7 @@ use ort::{
         builder::{GraphOptimizationLevel, SessionBuilder},
     },
 };
-use std::{
-    ops::Range,
-    path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{path::PathBuf, sync::Arc};
 
 /// How to open a [`CudaEngine`].
 #[derive(Clone, Debug)]
@@ -245,16 +243,7 @@ impl CudaEngine {
         let arena = Arc::new(Arena::new(&device, layout, 0)?);
         let budget = PinBudget::new(options.pinned_bytes);
         let pinned = PinnedRegion::new(&device, region, budget.clone());
-        let kv = CudaKv {
-            arena: arena.clone(),
-            region: pinned,
-            peers: Mutex::default(),
-            budget,
-            slots: Mutex::new(vec![SlotUse::default(); options.slots as usize]),
-            kernels: kernels.clone(),
-            out: device.stream()?,
-            r#in: device.stream()?,
-        };
+        let kv = CudaKv::new(arena.clone(), pinned, budget, &kernels)?;
         let on_gpu = options.provider == Provider::Cuda;
         let run_options = |graph: i32| {
             let graph = graph.to_string();
@@ -495,7 +484,7 @@ impl Engine for CudaEngine {
     }
 
     fn is_copied(&self, slot: u32) -> bool {
-        self.kv.slots()[slot as usize].copies > 0
+        self.kv.is_copied(slot)
     }
 
     fn prefill(
@@ -653,134 +642,5 @@ impl Inputs {
         stream.copy_in(&mut self.host_ids, ids, self.ids.buffer(), 0)?;
         stream.copy_in(&mut self.host_lens, rows, self.lens.buffer(), 0)?;
         stream.copy_in(&mut self.host_last, rows, self.last.buffer(), 0)
-    }
-}
-
-/// What is known of a slot by those who copy.
-#[derive(Clone, Copy, Debug, Default)]
-struct SlotUse {
-    /// Positions that hold KV.
-    filled: u32,
-    /// Copies under way.
-    copies: u32,
-}
-
-/// KV between the GPU's memory and the region: each way on a stream of its own, while the engine computes.
-struct CudaKv {
-    arena: Arc<Arena>,
-    region: PinnedRegion,
-    /// Regions of other workers on this host, from which was read; the last one last.
-    peers: Mutex<Vec<Arc<PinnedRegion>>>,
-    /// What all of them may pin.
-    budget: PinBudget,
-    slots: Mutex<Vec<SlotUse>>,
-    kernels: Kernels,
-    out: Stream,
-    r#in: Stream,
-}
-
-/// A copy under way.
-struct Copying<'a> {
-    kv: &'a CudaKv,
-    slot: u32,
-}
-
-impl Drop for Copying<'_> {
-    fn drop(&mut self) {
-        self.kv.slots()[self.slot as usize].copies -= 1;
-    }
-}
-
-impl CudaKv {
-    fn slots(&self) -> MutexGuard<'_, Vec<SlotUse>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Nobody takes a slot's memory while this is held. The first `filled` positions must be there.
-    fn hold(&self, slot: u32, filled: u32) -> Result<Copying<'_>, EngineError> {
-        let of = &mut self.slots()[slot as usize];
-        if of.filled < filled {
-            return Err(EngineError::KvGone { slot });
-        }
-        of.copies += 1;
-        Ok(Copying { kv: self, slot })
-    }
-
-    fn fill(&self, slot: u32, filled: u32) {
-        self.slots()[slot as usize].filled = filled;
-    }
-
-    fn copy(&self, direction: Direction, slot: u32, tokens: TokenRange) -> Result<(), EngineError> {
-        let stream = if direction == Direction::Out { &self.out } else { &self.r#in };
-        let layout = self.arena.layout();
-        let host = HostSlot { region: &self.region, layout, slot };
-        self.queue(stream, direction, slot, host, tokens, 0..2 * layout.geometry.layers)?;
-        // Whoever waits sleeps, and others queue their copies meanwhile.
-        Ok(stream.mark()?.wait()?)
-    }
-
-    fn queue(
-        &self,
-        stream: &Stream,
-        direction: Direction,
-        slot: u32,
-        host: HostSlot<'_>,
-        tokens: TokenRange,
-        planes: Range<u32>,
-    ) -> Result<(), EngineError> {
-        let queued = stream.move_kv(&self.kernels, direction, (&self.arena, slot), host, tokens, planes);
-        if queued.is_err() {
-            // What was queued before is done before anybody uses the slot for something else.
-            let _ = stream.synchronize();
-        }
-        Ok(queued?)
-    }
-
-    /// Another worker's region, known to the driver. Those that nobody else holds any more are of workers that are gone.
-    fn peer(&self, region: &Arc<Region>) -> Arc<PinnedRegion> {
-        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        peers.retain(|peer| Arc::strong_count(peer.region()) > 1);
-        if let Some(known) = peers.iter().find(|peer| Arc::ptr_eq(peer.region(), region)) {
-            return known.clone();
-        }
-        let peer = PinnedRegion::new(self.r#in.device(), region.clone(), self.budget.clone());
-        peers.push(Arc::new(peer));
-        peers[peers.len() - 1].clone()
-    }
-}
-
-impl KvMover for CudaKv {
-    fn save(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError> {
-        let _held = self.hold(slot, tokens.end())?;
-        self.copy(Direction::Out, slot, tokens)
-    }
-
-    fn load(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError> {
-        let _held = self.hold(slot, 0)?;
-        self.copy(Direction::In, slot, tokens)?;
-        self.fill(slot, tokens.end());
-        Ok(())
-    }
-
-    fn load_from(
-        &self,
-        from: PeerSlot<'_>,
-        slot: u32,
-        tokens: TokenRange,
-        planes: Range<u32>,
-        beside: &mut dyn FnMut(),
-    ) -> Result<(), EngineError> {
-        let _held = self.hold(slot, 0)?;
-        let peer = self.peer(from.region);
-        let host = HostSlot { region: &peer, layout: from.layout, slot: from.slot };
-        let last = planes.end == 2 * from.layout.geometry.layers;
-        self.queue(&self.r#in, Direction::In, slot, host, tokens, planes)?;
-        let done = self.r#in.mark()?;
-        beside();
-        done.wait()?;
-        if last {
-            self.fill(slot, tokens.end());
-        }
-        Ok(())
     }
 }
