@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and measures a GPU. Needs no network and no compiler: for a machine that has neither, carry this folder's files with
+# Checks and measures a GPU. Needs no network and no compiler: to a machine that has neither, carry scripts/ with
 #
 #   target/release/forebay, target/release/chaos        what is checked
 #   .forebay/bin/nats-server                            for the faults

@@ -249,9 +249,4 @@ impl Mark {
     pub fn wait(&self) -> Result<(), DeviceError> {
         self.0.synchronize().doing("waiting for a mark")
     }
-
-    /// Milliseconds from another mark to this one, as the GPU measured them. Waits for both.
-    pub fn milliseconds_after(&self, earlier: &Mark) -> Result<f32, DeviceError> {
-        earlier.0.elapsed_ms(&self.0).doing("reading the time between marks")
-    }
 }

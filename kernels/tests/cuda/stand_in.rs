@@ -26,7 +26,9 @@ pub(crate) fn device() -> Device {
 #[allow(dead_code)]
 pub(crate) fn kernels(device: &Device) -> Kernels {
     if is_real(device) {
-        return Kernels::load(device, None, None).expect("NVRTC is there");
+        let nvrtc = std::env::var_os("FOREBAY_CUDA").map(std::path::PathBuf::from);
+        return Kernels::load(device, nvrtc.as_deref(), None)
+            .expect("NVRTC is in FOREBAY_CUDA, or with the system's libraries");
     }
     // The stand-in has them already, whatever code it is given.
     Kernels::from_code(device, [(); 3].map(|()| b"code".to_vec())).unwrap()
