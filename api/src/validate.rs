@@ -109,6 +109,7 @@ impl Params {
             stored: false,
             fingerprint: None,
             cache_salt: self.cache_salt,
+            format: None,
             echo: None,
         })
     }

@@ -116,8 +116,13 @@ mod tests {
     #[test]
     fn a_timeline_counts_from_the_first_event() {
         let request: RequestId = "019ab3c4d5e67f80a1b2c3d4e5f60718".parse().unwrap();
-        let generated =
-            TokensGenerated { first_index: 1, tokens: vec![5, 6], text: " basin".into(), cached_tokens: 0 };
+        let generated = TokensGenerated {
+            first_index: 1,
+            tokens: vec![5, 6],
+            text: " basin".into(),
+            cached_tokens: 0,
+            logprobs: Vec::new(),
+        };
         let usage = Usage { prompt_tokens: 13, completion_tokens: 3, cached_tokens: 0 };
         let completed = RequestCompleted { reason: FinishReason::Stop, usage };
         let events = [

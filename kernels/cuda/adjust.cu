@@ -45,24 +45,38 @@ typedef struct {
     float logit;
 } Probable;
 
-// Of a row's tokens, the most probable ones, most probable first, and of equals the lowest id; and what makes probabilities of
-// logits. A block for each row; its threads are a power of two, at most THREADS_MAX.
-KERNEL probabilities(const float *logits, u32 vocab, u32 count, Normalizer *normalizers, Probable *probable) {
+// What is told of a row: nothing, or so many of its most probable tokens.
+typedef struct {
+    u32 top, told;
+} Told;
+
+// What makes probabilities of a row's logits; and, in `width` places for each row, first the token that was drawn, then the most
+// probable ones, most probable first, and of equals the lowest id. A block for each row; its threads are a power of two, at most
+// THREADS_MAX.
+KERNEL probabilities(const float *logits, u32 vocab, const Told *rows, u32 width, const u32 *drawn, Normalizer *normalizers,
+                     Probable *probable) {
     SHARED Together shared;
     SHARED u32 chosen;
     Together *board = &shared;
+    const Told told = rows[BLOCK];
+    if (!told.told) return;
     const float *row = logits + (u64)BLOCK * vocab;
+    Probable *out = probable + (u64)BLOCK * width;
     int finite;
     const float largest = largest_of(board, row, vocab, &finite);
     u64 own = 0;
     for (u32 id = THREAD; finite && id < vocab; id += THREADS) own += mass(exponential(F_ADD(row[id], -largest)));
     const u64 whole = sum_of_all(board, own);
-    const Normalizer normalizer = {whole, FLOAT_BITS(largest), (u32)finite};
-    if (THREAD == 0) normalizers[BLOCK] = normalizer;
+    if (THREAD == 0) {
+        const Normalizer normalizer = {whole, FLOAT_BITS(largest), (u32)finite};
+        const Probable that = {drawn[BLOCK], drawn[BLOCK] < vocab ? row[drawn[BLOCK]] : -INFINITE};
+        normalizers[BLOCK] = normalizer;
+        out[0] = that;
+    }
     // One after another: the largest of what comes after the one before.
     float last = INFINITE;
     u32 last_id = vocab;
-    for (u32 number = 0; number < count; number += 1) {
+    for (u32 number = 1; number <= told.top; number += 1) {
         float best = -INFINITE;
         for (u32 id = THREAD; id < vocab; id += THREADS) {
             const int after = row[id] < last || (row[id] == last && id > last_id);
@@ -79,7 +93,7 @@ KERNEL probabilities(const float *logits, u32 vocab, u32 count, Normalizer *norm
         last = best;
         last_id = chosen;
         const Probable found = {chosen, best};
-        if (THREAD == 0) probable[(u64)BLOCK * count + number] = found;
+        if (THREAD == 0) out[number] = found;
         SYNC();
     }
 }

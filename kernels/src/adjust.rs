@@ -3,6 +3,7 @@
 //! Each is the reference of a kernel in `kernels/cuda/adjust.cu`, which gives the same bits.
 
 use crate::{exp, sampler::mass};
+use forebay_schemas::sampling::Sampling;
 use std::cmp::Ordering;
 
 /// A token whose logit changes: because it was seen before, or because the request says so.
@@ -34,6 +35,62 @@ pub struct Penalties {
 impl Penalties {
     /// None.
     pub const NONE: Penalties = Penalties { repetition: 1.0, frequency: 0.0, presence: 0.0 };
+}
+
+/// What penalties and bias change of one sequence's logits, kept up with its tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Adjustments {
+    penalties: Penalties,
+    /// Sorted by token.
+    tokens: Vec<TokenAdjustment>,
+}
+
+impl Adjustments {
+    /// Of a sequence with a prompt and what was generated so far; none if nothing ever changes.
+    pub fn new(sampling: &Sampling, prompt: &[u32], output: &[u32]) -> Option<Adjustments> {
+        let penalties = Penalties {
+            repetition: sampling.repetition_penalty,
+            frequency: sampling.frequency_penalty,
+            presence: sampling.presence_penalty,
+        };
+        if penalties == Penalties::NONE && sampling.logit_bias.is_empty() {
+            return None;
+        }
+        let of =
+            |(token, bias): &(u32, f32)| TokenAdjustment { token: *token, count: 0, seen: 0, bias: *bias };
+        let mut adjustments = Adjustments { penalties, tokens: sampling.logit_bias.iter().map(of).collect() };
+        if penalties.repetition != Penalties::NONE.repetition {
+            prompt.iter().for_each(|token| adjustments.saw(*token, 0));
+        }
+        output.iter().for_each(|token| adjustments.push(*token));
+        Some(adjustments)
+    }
+
+    /// One more token was generated.
+    pub fn push(&mut self, token: u32) {
+        if self.penalties != Penalties::NONE {
+            self.saw(token, 1);
+        }
+    }
+
+    fn saw(&mut self, token: u32, times: u32) {
+        let at = self.tokens.binary_search_by_key(&token, |of| of.token).unwrap_or_else(|at| {
+            self.tokens.insert(at, TokenAdjustment { token, count: 0, seen: 0, bias: 0.0 });
+            at
+        });
+        self.tokens[at].seen = 1;
+        self.tokens[at].count += times;
+    }
+
+    /// How much what was seen counts.
+    pub fn penalties(&self) -> Penalties {
+        self.penalties
+    }
+
+    /// The tokens whose logits change, each named once.
+    pub fn tokens(&self) -> &[TokenAdjustment] {
+        &self.tokens
+    }
 }
 
 /// Applies penalties and bias to the logits of some tokens, each named once; then −∞ to all whose bit in `allowed` is not set
@@ -93,9 +150,14 @@ impl Normalizer {
 
 /// The `count` most probable tokens with their logits, most probable first, and of equals the lowest id.
 pub fn most_probable(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+    let order =
+        |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
     let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
-    all.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0)));
-    all.truncate(count);
+    if count < all.len() {
+        all.select_nth_unstable_by(count, order);
+        all.truncate(count);
+    }
+    all.sort_by(order);
     all
 }
 
@@ -112,6 +174,31 @@ mod tests {
         assert_eq!(logits, [1.0, -5.75, 5.0, 0.5]);
         adjust(&mut logits, Penalties::NONE, &[], Some(&[0b0101]));
         assert_eq!(logits, [1.0, f32::NEG_INFINITY, 5.0, f32::NEG_INFINITY]);
+    }
+
+    #[test]
+    fn what_was_generated_counts_and_what_was_asked_is_seen() {
+        let sampling = Sampling {
+            repetition_penalty: 2.0,
+            frequency_penalty: 1.0,
+            logit_bias: vec![(3, 0.5), (9, -1.0)],
+            ..Sampling::GREEDY
+        };
+        let mut adjustments = Adjustments::new(&sampling, &[5, 3, 5], &[7]).unwrap();
+        adjustments.push(7);
+        adjustments.push(3);
+        let seen = |token, count, seen, bias| TokenAdjustment { token, count, seen, bias };
+        let expected = [seen(3, 1, 1, 0.5), seen(5, 0, 1, 0.0), seen(7, 2, 1, 0.0), seen(9, 0, 0, -1.0)];
+        assert_eq!(adjustments.tokens(), expected);
+
+        // A prompt counts for nothing at OpenAI.
+        let openai = Sampling { presence_penalty: 0.5, ..Sampling::GREEDY };
+        let adjustments = Adjustments::new(&openai, &[5, 3, 5], &[7]).unwrap();
+        assert_eq!(adjustments.tokens(), [seen(7, 1, 1, 0.0)]);
+        // Without penalties nothing is counted.
+        let bias = Sampling { logit_bias: vec![(3, 0.5)], ..Sampling::GREEDY };
+        assert_eq!(Adjustments::new(&bias, &[5], &[7]).unwrap().tokens(), [seen(3, 0, 0, 0.5)]);
+        assert_eq!(Adjustments::new(&Sampling::GREEDY, &[5], &[7]), None);
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub struct RowDraw {
 impl RowDraw {
     /// For the token with number `index` of an output.
     pub fn new(sampling: &Sampling, index: u32) -> RowDraw {
-        let Sampling { temperature, top_p, top_k, seed, min_p } = *sampling;
+        let Sampling { temperature, top_p, top_k, seed, min_p, .. } = *sampling;
         let (top_p, random) = (nucleus_part(top_p), random(seed, index));
         RowDraw { temperature, top_k, top_p, random, min_p, unused: 0 }
     }
@@ -63,6 +63,22 @@ pub struct RowAdjustment {
     pub count: u32,
     /// 1 if the row has a mask.
     pub masked: u32,
+}
+
+impl RowAdjustment {
+    /// Nothing changes.
+    pub const NONE: RowAdjustment =
+        RowAdjustment { penalties: Penalties::NONE, first: 0, count: 0, masked: 0 };
+}
+
+/// What `probabilities` tells of one row: `Told` in `adjust.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct RowTold {
+    /// So many of the most probable tokens, ...
+    pub top: u32,
+    /// ... if this is 1; with 0 nothing at all.
+    pub told: u32,
 }
 
 /// A token with its logit: `Probable` in `adjust.cu`.

@@ -11,7 +11,7 @@ mod socket;
 mod wide;
 mod words;
 
-pub use adjust::{Normalizer, Penalties, TokenAdjustment, adjust, most_probable};
+pub use adjust::{Adjustments, Normalizer, Penalties, TokenAdjustment, adjust, most_probable};
 pub use copy::{Checksum, checksum, copy_summed};
 pub use region::{Region, RegionError};
 pub use sampler::{NotFinite, exp, sample};

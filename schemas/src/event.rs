@@ -4,7 +4,7 @@
 use crate::{
     ids::{RequestId, WorkerId},
     kv::{KvHandle, LayoutHash},
-    sampling::Sampling,
+    sampling::{Logprobs, OutputFormat, Sampling},
 };
 use serde::{Deserialize, Serialize};
 
@@ -88,6 +88,9 @@ pub struct RequestAccepted {
     /// Keeps this request's blocks apart from those of other salts: prefixes are only shared under equal salts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_salt: Option<String>,
+    /// What the output must be; none: any text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<OutputFormat>,
     /// What the endpoint needs to show the request again, in its own form; nothing that a worker looks at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub echo: Option<serde_json::Value>,
@@ -109,6 +112,7 @@ impl RequestAccepted {
             stored: false,
             fingerprint: None,
             cache_salt: None,
+            format: None,
             echo: None,
         }
     }
@@ -190,6 +194,9 @@ pub struct PrefillCompleted {
     /// Tokens whose KV was found in a prefix cache, the asking worker's or this one's.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub cached_tokens: u32,
+    /// How probable the token is, as in [`TokensGenerated`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<Logprobs>,
 }
 
 /// A finished read.
@@ -228,6 +235,10 @@ pub struct TokensGenerated {
     /// Tokens whose KV was found in the worker's prefix cache. Said once, with the first tokens of the answer.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub cached_tokens: u32,
+    /// If the request asks for it, how probable the tokens are, one for each: but for the token that ends the answer, which is no
+    /// part of its text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<Logprobs>,
 }
 
 /// Why a request was given back.

@@ -10,6 +10,7 @@ use crate::{
     },
     ids::{RequestId, WorkerId},
     kv::KvHandle,
+    sampling::Logprobs,
 };
 use serde::Serialize;
 use std::sync::Arc;
@@ -74,6 +75,8 @@ pub struct Lifecycle {
     pub tokens: Vec<u32>,
     /// All text released so far.
     pub text: String,
+    /// How probable the tokens of the text are, if that was asked for.
+    pub logprobs: Vec<Logprobs>,
     /// Sealed KV that the current attempt can read, contiguous: of its prefill, from [`Lifecycle::kv_from`] on, or left by
     /// the attempt before, from position 0 on.
     pub kv: Vec<KvHandle>,
@@ -179,6 +182,7 @@ impl Lifecycle {
             fruitless: 0,
             tokens: Vec::new(),
             text: String::new(),
+            logprobs: Vec::new(),
             kv: Vec::new(),
             asked: None,
             cached_tokens: 0,
@@ -225,6 +229,7 @@ impl Lifecycle {
                 self.count_cached(prefill.cached_tokens);
                 self.tokens.push(prefill.token);
                 self.text.push_str(&prefill.text);
+                self.logprobs.extend(prefill.logprobs.clone());
                 self.fruitless = 0;
                 self.phase = Phase::Prefilled;
             }
@@ -240,6 +245,7 @@ impl Lifecycle {
                 self.count_cached(generated.cached_tokens);
                 self.tokens.extend_from_slice(&generated.tokens);
                 self.text.push_str(&generated.text);
+                self.logprobs.extend_from_slice(&generated.logprobs);
                 self.fruitless = 0;
                 self.phase = Phase::Decoding;
             }

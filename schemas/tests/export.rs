@@ -63,8 +63,13 @@ fn every_frozen_event_reads_back() {
 
 #[test]
 fn the_format_is_frozen() {
-    let generated =
-        TokensGenerated { first_index: 1, tokens: vec![11, 1879], text: "\n\"ä".into(), cached_tokens: 0 };
+    let generated = TokensGenerated {
+        first_index: 1,
+        tokens: vec![11, 1879],
+        text: "\n\"ä".into(),
+        cached_tokens: 0,
+        logprobs: Vec::new(),
+    };
     let event = Event { request: request(), attempt: 2, time_us: 7, body: Body::TokensGenerated(generated) };
     insta::assert_snapshot!(export::write(&export_of(vec![event])), @r#"
     {"format":"forebay-request","version":1,"forebay":"0.1.0","request":"019ab3c4-d5e6-7f80-a1b2-c3d4e5f60718","gateway":"gw-1","model":{"name":"Qwen/Qwen3-0.6B","layout_hash":18446744073709551615,"weights":"int4/32"},"exported_us":1764000000654321}
@@ -120,7 +125,7 @@ proptest! {
     ) {
         let accepted = RequestAccepted {
             endpoint: "responses".into(),
-            sampling: Sampling { temperature, top_p, top_k: 3, seed, min_p: 0.125 },
+            sampling: Sampling { temperature, top_p, top_k: 3, seed, min_p: 0.125, ..Sampling::GREEDY },
             stop,
             ignore_eos: true,
             timeout_ms,
@@ -128,10 +133,11 @@ proptest! {
             stored: true,
             fingerprint: Some(text.clone()),
             cache_salt,
+            format: None,
             echo: serde_json::Number::from_f64(echo).map(serde_json::Value::Number),
             ..RequestAccepted::greedy(&text, prompt, 4)
         };
-        let generated = TokensGenerated { first_index: u32::MAX, tokens, text, cached_tokens: 0 };
+        let generated = TokensGenerated { first_index: u32::MAX, tokens, text, cached_tokens: 0, logprobs: Vec::new() };
         let bodies = [Body::RequestAccepted(accepted), Body::TokensGenerated(generated)];
         let events = bodies.map(|body| Event { request: request(), attempt: 0, time_us: timeout_ms, body });
         let export = export_of(events.to_vec());

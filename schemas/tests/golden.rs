@@ -15,7 +15,7 @@ use forebay_schemas::{
     },
     ids::{GatewayId, ModelKey, RequestId, WorkerId},
     kv::{KvDtype, KvGeometry, KvHandle, KvLayout, LayoutHash, TokenRange},
-    sampling::Sampling,
+    sampling::{Logprobs, OutputFormat, Sampling, TokenLogprob},
     task::{DecodeTask, PrefillTask, Role, Task},
     wire::{self, DecodeError},
 };
@@ -41,7 +41,7 @@ every_body! {
         model: "Qwen/Qwen3-0.6B".into(),
         endpoint: "chat.completions".into(),
         prompt: vec![1, 127, 128, 65_535, 151_644],
-        sampling: Sampling { temperature: 0.7, top_p: 0.95, top_k: 20, seed: 0x001f_ffff_ffff_ffff, min_p: 0.0 },
+        sampling: Sampling { temperature: 0.7, top_p: 0.95, top_k: 20, seed: 0x001f_ffff_ffff_ffff, ..Sampling::GREEDY },
         max_tokens: 256,
         stop: vec!["\n\n".into(), "Ende 🛑".into()],
         ignore_eos: true,
@@ -50,6 +50,7 @@ every_body! {
         stored: false,
         fingerprint: None,
         cache_salt: None,
+        format: None,
         echo: None,
     },
     Claimed {
@@ -65,10 +66,10 @@ every_body! {
         delivery: 2,
     },
     KvReady { handle: handle() },
-    PrefillCompleted { worker: worker("prefill-1"), first_index: 0, token: 9707, text: "Hello".into(), compute_us: 20_512, cached_tokens: 0 },
+    PrefillCompleted { worker: worker("prefill-1"), first_index: 0, token: 9707, text: "Hello".into(), compute_us: 20_512, cached_tokens: 0, logprobs: None },
     KvTransferred { bytes: 117_440_512, tokens: 512, read_us: 12_800, after_us: 0, transport: "shm".into() },
     KvLost { reason: "the lease is over".into() },
-    TokensGenerated { first_index: 1, tokens: vec![11, 1879, 0], text: ", world!".into(), cached_tokens: 0 },
+    TokensGenerated { first_index: 1, tokens: vec![11, 1879, 0], text: ", world!".into(), cached_tokens: 0, logprobs: Vec::new() },
     Released {
         worker: worker("decode-0a1b2c3d"),
         cause: ReleaseCause::Drained,
@@ -99,6 +100,7 @@ fn plain_request() -> Body {
         stored: false,
         fingerprint: None,
         cache_salt: None,
+        format: None,
         echo: None,
     })
 }
@@ -112,8 +114,59 @@ fn stored_request() -> Body {
         stored: true,
         fingerprint: Some("9f86d081884c7d65".into()),
         cache_salt: None,
+        format: None,
         echo: Some(serde_json::json!({ "metadata": { "k": "v" }, "n": [1, -2, 0.5, null, true] })),
         ..plain
+    })
+}
+
+/// A request that narrows what may be drawn, and asks how probable it was.
+fn narrowed_request() -> Body {
+    let Body::RequestAccepted(plain) = plain_request() else { unreachable!() };
+    Body::RequestAccepted(RequestAccepted {
+        sampling: Sampling {
+            repetition_penalty: 1.25,
+            frequency_penalty: -0.5,
+            presence_penalty: 2.0,
+            logit_bias: vec![(7, -100.0), (151_645, 0.5)],
+            logprobs: Some(2),
+            ..plain.sampling
+        },
+        format: Some(OutputFormat::JsonSchema { schema: serde_json::json!({ "type": "object" }) }),
+        ..plain
+    })
+}
+
+fn probable(token: u32, bytes: &[u8], logprob: f32) -> TokenLogprob {
+    TokenLogprob { token, bytes: bytes.to_vec(), logprob }
+}
+
+fn logprobs() -> Logprobs {
+    Logprobs {
+        drawn: probable(11, b",", -0.25),
+        top: vec![probable(11, b",", -0.25), probable(1879, &[0xf0, 0x9f], -2.5)],
+    }
+}
+
+fn generated_with_logprobs() -> Body {
+    Body::TokensGenerated(TokensGenerated {
+        first_index: 1,
+        tokens: vec![11],
+        text: ",".into(),
+        cached_tokens: 0,
+        logprobs: vec![logprobs(), Logprobs { top: Vec::new(), ..logprobs() }],
+    })
+}
+
+fn prefilled_with_logprobs() -> Body {
+    Body::PrefillCompleted(PrefillCompleted {
+        worker: worker("prefill-1"),
+        first_index: 0,
+        token: 11,
+        text: ",".into(),
+        compute_us: 20_512,
+        cached_tokens: 0,
+        logprobs: Some(logprobs()),
     })
 }
 
@@ -173,6 +226,9 @@ fn events() -> Vec<(String, Event)> {
         every_body().into_iter().map(|body| (format!("{}.1.hex", body.name()), event(body))).collect();
     events.push(("RequestAccepted.1.plain.hex".into(), event(plain_request())));
     events.push(("RequestAccepted.1.stored.hex".into(), event(stored_request())));
+    events.push(("RequestAccepted.1.narrowed.hex".into(), event(narrowed_request())));
+    events.push(("PrefillCompleted.1.logprobs.hex".into(), event(prefilled_with_logprobs())));
+    events.push(("TokensGenerated.1.logprobs.hex".into(), event(generated_with_logprobs())));
     events.push(("Claimed.1.engine.hex".into(), event(claimed_with_engine())));
     events.push(("Released.1.failed.hex".into(), event(failed_release())));
     events

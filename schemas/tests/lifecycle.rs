@@ -150,6 +150,7 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             text: details.text.clone(),
             compute_us: 1,
             cached_tokens: 0,
+            logprobs: None,
         }),
         Kind::KvTransferred => Body::KvTransferred(KvTransferred {
             bytes: 1,
@@ -164,6 +165,7 @@ fn event_of(kind: Kind, state: &Lifecycle, details: &Details) -> Event {
             tokens: details.tokens.clone(),
             text: details.text.clone(),
             cached_tokens: 0,
+            logprobs: Vec::new(),
         }),
         Kind::Drained => Body::Released(Released {
             worker: worker(attempt),
@@ -460,6 +462,7 @@ fn an_older_prefill_announces_nothing() {
         text: String::new(),
         compute_us: 1,
         cached_tokens: 0,
+        logprobs: None,
     };
     let late = Illegal::OtherPrefill { event: "PrefillCompleted", worker: worker(7) };
     assert_eq!(state.apply(&event(1, Body::PrefillCompleted(done(7)))), Err(late));

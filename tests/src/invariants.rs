@@ -202,6 +202,7 @@ mod tests {
             tokens: tokens.into(),
             text: "ab".into(),
             cached_tokens: 0,
+            logprobs: Vec::new(),
         })
     }
 

@@ -167,6 +167,7 @@ async fn prefill(
                     text: output.release(),
                     compute_us: begun.elapsed().as_micros() as u64,
                     cached_tokens: filled,
+                    logprobs: None,
                 };
                 writer.append(Body::PrefillCompleted(completed)).await?;
                 worker.store_prefix_soon(slot, writer.state(), &tokens);

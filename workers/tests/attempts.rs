@@ -61,6 +61,7 @@ async fn ended(
             tokens: vec![20; generated as usize],
             text: String::new(),
             cached_tokens: 0,
+            logprobs: Vec::new(),
         };
         writer.append(Body::TokensGenerated(tokens)).await.unwrap();
     }

@@ -76,7 +76,8 @@ fn it_agrees_with_transformers() {
 fn a_batch_is_its_rows() {
     let case = CASES[2];
     let prompts: Vec<Vec<u32>> = Reference::read(case).prompts.into_iter().map(|prompt| prompt.ids).collect();
-    let sampling = |seed| Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed, min_p: 0.01 };
+    let sampling =
+        |seed| Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed, min_p: 0.01, ..Sampling::GREEDY };
     let mut expected = Vec::new();
     let mut cpu = open(case, Precision::F32);
     for (seed, prompt) in (0..).zip(prompts.iter().take(2)) {

@@ -54,6 +54,7 @@ impl Ask {
             tokens: tokens.to_vec(),
             text: text.to_owned(),
             cached_tokens: 0,
+            logprobs: Vec::new(),
         };
         let request = RequestId::from_parts(0, &[0; 10]);
         let event = |attempt, body| Event { request, attempt, time_us: 0, body };

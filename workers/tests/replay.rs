@@ -45,8 +45,13 @@ fn log(sampling: &Sampling, tokens: &[u32]) -> Lifecycle {
         delivery: 1,
         engine: None,
     };
-    let generated =
-        TokensGenerated { first_index: 0, tokens: tokens.to_vec(), text: "…".into(), cached_tokens: 0 };
+    let generated = TokensGenerated {
+        first_index: 0,
+        tokens: tokens.to_vec(),
+        text: "…".into(),
+        cached_tokens: 0,
+        logprobs: Vec::new(),
+    };
     let bodies = [
         (0, Body::RequestAccepted(accepted)),
         (1, Body::Claimed(claimed)),
@@ -72,7 +77,7 @@ fn generate(engine: &mut dyn Engine, slot: u32, sampling: &Sampling, count: u32)
     tokens
 }
 
-const WARM: Sampling = Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed: 7, min_p: 0.0 };
+const WARM: Sampling = Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed: 7, ..Sampling::GREEDY };
 
 #[test]
 fn a_simulated_log_is_equal_and_has_no_logits() {

@@ -203,6 +203,7 @@ mod tests {
                 tokens: vec![1],
                 text: (*text).to_owned(),
                 cached_tokens: 0,
+                logprobs: Vec::new(),
             })
         };
         let usage = Usage { prompt_tokens: 4, completion_tokens: 2, cached_tokens: 3 };

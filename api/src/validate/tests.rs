@@ -44,7 +44,10 @@ fn error(more: Value) -> (ErrorCode, Option<String>) {
 #[test]
 fn what_is_not_said_comes_from_the_card() {
     let accepted = accepted(json!({}), 10).unwrap();
-    assert_eq!(accepted.sampling, Sampling { temperature: 0.7, top_p: 0.9, top_k: 20, seed: 99, min_p: 0.0 });
+    assert_eq!(
+        accepted.sampling,
+        Sampling { temperature: 0.7, top_p: 0.9, top_k: 20, seed: 99, ..Sampling::GREEDY }
+    );
     assert_eq!((accepted.max_tokens, accepted.timeout_ms), (54, 5000));
     assert!(accepted.stop.is_empty() && !accepted.ignore_eos);
 }
@@ -60,7 +63,7 @@ fn what_is_said_is_taken() {
     let accepted = accepted(all, 10).unwrap();
     assert_eq!(
         accepted.sampling,
-        Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: u64::MAX, min_p: 0.25 }
+        Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: u64::MAX, min_p: 0.25, ..Sampling::GREEDY }
     );
     assert_eq!((accepted.max_tokens, accepted.stop.len(), accepted.ignore_eos), (5, 2, true));
 }

@@ -191,8 +191,13 @@ mod tests {
     }
 
     fn token(request: RequestId) -> Event {
-        let tokens =
-            TokensGenerated { first_index: 0, tokens: vec![1], text: String::new(), cached_tokens: 0 };
+        let tokens = TokensGenerated {
+            first_index: 0,
+            tokens: vec![1],
+            text: String::new(),
+            cached_tokens: 0,
+            logprobs: Vec::new(),
+        };
         event(request, Body::TokensGenerated(tokens))
     }
 

@@ -122,6 +122,7 @@ async fn the_first_token_of_a_remote_prefill_is_streamed_before_the_kv_has_moved
         text: "First".into(),
         compute_us: 1,
         cached_tokens: 0,
+        logprobs: None,
     };
     attempt.writer.append(Body::PrefillQueued(queued)).await.unwrap();
     attempt.writer.append(Body::PrefillClaimed(claimed)).await.unwrap();

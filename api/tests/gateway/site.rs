@@ -180,7 +180,13 @@ pub(crate) struct Attempt {
 impl Attempt {
     pub(crate) async fn text(&mut self, text: &str) {
         let first_index = self.writer.state().tokens.len() as u32;
-        let generated = TokensGenerated { first_index, tokens: vec![7], text: text.into(), cached_tokens: 0 };
+        let generated = TokensGenerated {
+            first_index,
+            tokens: vec![7],
+            text: text.into(),
+            cached_tokens: 0,
+            logprobs: Vec::new(),
+        };
         self.writer.append(Body::TokensGenerated(generated)).await.unwrap();
     }
 

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::{
-    Probable, RowAdjustment, RowDraw,
+    Probable, RowAdjustment, RowDraw, RowTold,
     device::{DeviceError, Doing, Stream},
     memory::{DeviceBuffer, Plain},
     transfer::{Kernels, argument},
@@ -12,6 +12,8 @@ use crate::adjust::{Normalizer, TokenAdjustment};
 
 // SAFETY: numbers without padding: f32, u32, u64, u64, f32, u32.
 unsafe impl Plain for RowDraw {}
+// SAFETY: two numbers of four bytes.
+unsafe impl Plain for RowTold {}
 // SAFETY: six numbers of four bytes.
 unsafe impl Plain for RowAdjustment {}
 // SAFETY: four numbers of four bytes.
@@ -75,31 +77,41 @@ impl Stream {
         unsafe { self.launch(&kernels.sample, rows as u32, THREADS, arguments) }.doing("drawing tokens")
     }
 
-    /// Queues, for each of `rows` rows of `vocab` logits, what makes probabilities of them, and the `count` most probable tokens:
-    /// see [`Normalizer`] and [`crate::most_probable`].
+    /// Queues, for each row of `vocab` logits of which something is told, what makes probabilities of them; and, in `width` places of
+    /// `probable` for each row, the token that was drawn and the most probable ones: see [`Normalizer`] and
+    /// [`crate::most_probable`]. What is told of the others, and in places that a row does not need, is not written.
     ///
     /// # Panics
-    /// If a buffer has no room for so many rows, or there are fewer tokens than `count`.
-    pub fn probabilities(
+    /// If a buffer has no room for so many rows, or there are fewer tokens than `width - 1`.
+    ///
+    /// # Safety
+    /// No row tells of more than `width - 1` of the most probable tokens.
+    pub unsafe fn probabilities(
         &self,
         kernels: &Kernels,
         (logits, vocab): (&DeviceBuffer<f32>, u32),
-        count: u32,
+        (told, width): (&DeviceBuffer<RowTold>, u32),
+        drawn: &DeviceBuffer<u32>,
         normalizers: &DeviceBuffer<Normalizer>,
         probable: &DeviceBuffer<Probable>,
         rows: usize,
     ) -> Result<(), DeviceError> {
         assert!(logits.len() >= rows * vocab as usize && normalizers.len() >= rows, "{rows} rows");
-        assert!(count <= vocab && probable.len() >= rows * count as usize, "{count} of {vocab} tokens");
-        let (logits, normalizers, probable) = (logits.address(), normalizers.address(), probable.address());
+        assert!(told.len() >= rows && drawn.len() >= rows, "{rows} rows");
+        assert!(width > 0 && width - 1 <= vocab, "{width} places for {vocab} tokens");
+        assert!(probable.len() >= rows * width as usize, "{width} places for each of {rows} rows");
+        let (logits, told, drawn) = (logits.address(), told.address(), drawn.address());
+        let (normalizers, probable) = (normalizers.address(), probable.address());
         let arguments = [
             argument(&logits),
             argument(&vocab),
-            argument(&count),
+            argument(&told),
+            argument(&width),
+            argument(&drawn),
             argument(&normalizers),
             argument(&probable),
         ];
-        // SAFETY: as above.
+        // SAFETY: as above, and as the caller says of the places.
         unsafe { self.launch(&kernels.probabilities, rows as u32, THREADS, arguments) }
             .doing("computing probabilities")
     }

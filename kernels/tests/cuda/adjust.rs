@@ -5,7 +5,7 @@
 use super::{buffer, contents, stand_in};
 use forebay_kernels::{
     Normalizer, Penalties, TokenAdjustment, adjust,
-    cuda::{DeviceBuffer, Probable, RowAdjustment},
+    cuda::{DeviceBuffer, NOT_FINITE, Probable, RowAdjustment, RowTold},
     most_probable,
 };
 use proptest::prelude::*;
@@ -66,23 +66,33 @@ proptest! {
             prop::collection::vec(prop_oneof![3 => -30f32..30.0, 3 => (-9i32..9).prop_map(|x| x as f32 / 2.0), 1 => Just(f32::NEG_INFINITY)], vocab),
             1..4,
         )),
-        count in 0usize..21,
+        tops in prop::collection::vec(prop::option::of(0usize..21), 4),
+        drawn in prop::collection::vec(any::<prop::sample::Index>(), 4),
     ) {
-        let vocab = rows[0].len();
-        let count = count.min(vocab);
+        let (vocab, count) = (rows[0].len(), rows.len());
+        let tops: Vec<Option<usize>> = tops[..count].iter().map(|top| top.map(|top| top.min(vocab))).collect();
+        let width = tops.iter().flatten().max().unwrap_or(&0) + 1;
+        let told: Vec<RowTold> =
+            tops.iter().map(|top| RowTold { top: top.unwrap_or(0) as u32, told: top.is_some().into() }).collect();
+        let drawn: Vec<u32> = drawn[..count].iter().map(|at| at.index(vocab) as u32).collect();
         let device = stand_in::device();
         let (stream, kernels) = (device.stream().unwrap(), stand_in::kernels(&device));
-        let logits = buffer(&stream, &rows.concat());
-        let normalizers = DeviceBuffer::<Normalizer>::new(&device, rows.len()).unwrap();
-        let probable = DeviceBuffer::<Probable>::new(&device, rows.len() * count).unwrap();
-        stream.probabilities(&kernels, (&logits, vocab as u32), count as u32, &normalizers, &probable, rows.len()).unwrap();
+        let (logits, told) = (buffer(&stream, &rows.concat()), buffer(&stream, &told));
+        let tokens = buffer(&stream, &drawn);
+        let normalizers = DeviceBuffer::<Normalizer>::new(&device, count).unwrap();
+        let probable = DeviceBuffer::<Probable>::new(&device, count * width).unwrap();
+        let (of, told) = ((&logits, vocab as u32), (&told, width as u32));
+        // SAFETY: no row has more than the widest.
+        unsafe { stream.probabilities(&kernels, of, told, &tokens, &normalizers, &probable, count) }.unwrap();
         let (normalizers, probable) = (contents(&stream, &normalizers), contents(&stream, &probable));
         for (number, row) in rows.iter().enumerate() {
+            let Some(top) = tops[number] else { continue };
             prop_assert_eq!(normalizers[number], Normalizer::of(row));
-            let found: Vec<(u32, f32)> =
-                probable[number * count..][..count].iter().map(|probable| (probable.token, probable.logit)).collect();
+            let told = &probable[number * width..][..top + 1];
+            let found: Vec<(u32, f32)> = told.iter().map(|probable| (probable.token, probable.logit)).collect();
+            prop_assert_eq!(found[0], (drawn[number], row[drawn[number] as usize]));
             if row.iter().any(|logit| logit.is_finite()) {
-                prop_assert_eq!(found, most_probable(row, count));
+                prop_assert_eq!(&found[1..], most_probable(row, top));
             }
         }
     }
@@ -94,8 +104,12 @@ fn a_row_that_is_not_finite_has_no_probabilities() {
     let (stream, kernels) = (device.stream().unwrap(), stand_in::kernels(&device));
     let logits =
         buffer(&stream, &[1.0, f32::NAN, 2.0, f32::NEG_INFINITY, f32::NEG_INFINITY, f32::NEG_INFINITY]);
+    let told = buffer(&stream, &[RowTold { top: 1, told: 1 }; 2]);
+    let drawn = buffer(&stream, &[NOT_FINITE; 2]);
     let normalizers = DeviceBuffer::<Normalizer>::new(&device, 2).unwrap();
-    let probable = DeviceBuffer::<Probable>::new(&device, 2).unwrap();
-    stream.probabilities(&kernels, (&logits, 3), 1, &normalizers, &probable, 2).unwrap();
+    let probable = DeviceBuffer::<Probable>::new(&device, 4).unwrap();
+    // SAFETY: no row has more than the widest.
+    unsafe { stream.probabilities(&kernels, (&logits, 3), (&told, 2), &drawn, &normalizers, &probable, 2) }
+        .unwrap();
     assert!(contents(&stream, &normalizers).iter().all(|normalizer| normalizer.logprob(1.0).is_nan()));
 }

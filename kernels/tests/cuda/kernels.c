@@ -69,7 +69,10 @@ static void run_adjust(const void *given) {
 
 typedef struct {
     const float *logits;
-    u32 vocab, count;
+    u32 vocab;
+    const Told *rows;
+    u32 width;
+    const u32 *drawn;
     Normalizer *normalizers;
     Probable *probable;
 } Probabilities;
@@ -77,13 +80,14 @@ typedef struct {
 static void *take_probabilities(void **given) {
     Probabilities *taken = malloc(sizeof *taken);
     *taken = (Probabilities){
-        *(const float **)given[0], *(u32 *)given[1], *(u32 *)given[2], *(Normalizer **)given[3], *(Probable **)given[4]};
+        *(const float **)given[0], *(u32 *)given[1],         *(const Told **)given[2], *(u32 *)given[3],
+        *(const u32 **)given[4],   *(Normalizer **)given[5], *(Probable **)given[6]};
     return taken;
 }
 
 static void run_probabilities(const void *given) {
     const Probabilities *a = given;
-    probabilities(a->logits, a->vocab, a->count, a->normalizers, a->probable);
+    probabilities(a->logits, a->vocab, a->rows, a->width, a->drawn, a->normalizers, a->probable);
 }
 
 static const Kernel kernels[] = {

@@ -28,7 +28,7 @@ fn sampling() -> impl Strategy<Value = Sampling> {
     let top_k = prop_oneof![Just(0u32), 1u32..40, 1u32..900];
     let min_p = prop_oneof![4 => Just(0.0f32), 1 => 0.0f32..1.0, 1 => Just(1.0)];
     (temperature, top_p, top_k, any::<u64>(), min_p).prop_map(|(temperature, top_p, top_k, seed, min_p)| {
-        Sampling { temperature, top_p, top_k, seed, min_p }
+        Sampling { temperature, top_p, top_k, seed, min_p, ..Sampling::GREEDY }
     })
 }
 
@@ -89,7 +89,7 @@ fn a_vocabulary_of_a_real_model_is_drawn_from_alike() {
     for (temperature, top_p, top_k) in
         [(0.0, 1.0, 0), (1.0, 1.0, 0), (0.7, 0.9, 0), (1.3, 0.95, 50), (2.5, 0.999, 9000)]
     {
-        let of = |seed| Sampling { temperature, top_p, top_k, seed, min_p: 0.0 };
+        let of = |seed| Sampling { temperature, top_p, top_k, seed, ..Sampling::GREEDY };
         let rows = [&logits[..], &logits[..]].concat();
         let draws = [RowDraw::new(&of(1), 3), RowDraw::new(&of(2), 4)];
         let (drawn, _) = run_sample(&rows, vocab, &draws);
@@ -99,7 +99,8 @@ fn a_vocabulary_of_a_real_model_is_drawn_from_alike() {
 
 #[test]
 fn logits_that_are_no_numbers_are_told() {
-    let draw = RowDraw::new(&Sampling { temperature: 1.0, top_p: 0.9, top_k: 5, seed: 1, min_p: 0.0 }, 0);
+    let draw =
+        RowDraw::new(&Sampling { temperature: 1.0, top_p: 0.9, top_k: 5, seed: 1, ..Sampling::GREEDY }, 0);
     for bad in [f32::NAN, f32::INFINITY] {
         let mut rows = vec![0.5; 40];
         rows[27] = bad;
