@@ -9,12 +9,14 @@ mod compile;
 mod device;
 mod draw;
 mod memory;
+mod rows;
 mod transfer;
 
 pub use arena::{Arena, GrowError};
 pub use compile::{CompileError, Compiler, SOURCES, Source, preload};
 pub use device::{Device, DeviceError, DeviceFacts, Mark, NoDevice, Stream};
 pub use memory::{DeviceBuffer, HostBuffer, PinBudget, PinnedRegion, Plain};
+pub use rows::{Drawn, RowDraws, Told};
 pub use transfer::{Direction, HostSlot, Kernels, LoadError};
 
 use crate::{

@@ -14,6 +14,7 @@ use crate::{
     engine::EngineError,
     kv::Slot,
     runner::EngineStopped,
+    vocabulary::GrammarError,
     worker::{NO_LOG_PAUSE, NO_LOG_TRIES, Worker},
 };
 use attempt::{Attempt, Outcome};
@@ -61,6 +62,9 @@ enum RequestError {
     /// The engine refused or failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// Nothing can be generated in the format that is asked for.
+    #[error(transparent)]
+    Format(#[from] GrammarError),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] EngineStopped),
@@ -285,9 +289,8 @@ async fn failed(worker: &Arc<Worker>, log: &LogRef, error: &RequestError) -> Opt
         return None;
     }
     let code = match error {
-        RequestError::Engine(EngineError::ContextFull { .. } | EngineError::UnknownToken { .. }) => {
-            FailureCode::Unservable
-        }
+        RequestError::Engine(EngineError::ContextFull { .. } | EngineError::UnknownToken { .. })
+        | RequestError::Format(_) => FailureCode::Unservable,
         RequestError::Engine(_) if writer.state().fruitless >= worker.config.attempts_max => {
             FailureCode::EngineFailed
         }

@@ -1,6 +1,7 @@
 //! From tokens to the text that a client may see. A pure function of the tokens so far, the request's stop
 //! strings and the tokenizer: whoever continues a request derives the same text from the logged tokens.
 
+use crate::engine::Sampled;
 use forebay_schemas::{
     event::{FinishReason, RequestAccepted},
     lifecycle::Lifecycle,
@@ -22,6 +23,7 @@ pub struct OutputText {
     text: String,
     /// Bytes of it that were released.
     released: usize,
+    told: Vec<Sampled>,
     finish: Option<FinishReason>,
 }
 
@@ -37,6 +39,7 @@ impl OutputText {
             window: 0,
             text: String::new(),
             released: 0,
+            told: Vec::new(),
             finish: None,
         };
         for token in &state.tokens {
@@ -46,13 +49,31 @@ impl OutputText {
         output
     }
 
+    /// Adds a drawn token, and keeps what is told of it, unless it ends the answer.
+    pub fn draw(&mut self, sampled: Sampled) {
+        let goes_on = self.finish.is_none();
+        self.push(sampled.token);
+        if goes_on && !self.ends(sampled.token) && sampled.logprobs.is_some() {
+            self.told.push(sampled);
+        }
+    }
+
+    /// Of the tokens since the last call, those of which something is told.
+    pub fn release_told(&mut self) -> Vec<Sampled> {
+        std::mem::take(&mut self.told)
+    }
+
+    fn ends(&self, token: u32) -> bool {
+        self.eos.contains(&token) && !self.accepted.ignore_eos
+    }
+
     /// Adds a token. Once the output has finished, further tokens are ignored.
     pub fn push(&mut self, token: u32) {
         if self.finish.is_some() {
             return;
         }
         self.tokens.push(token);
-        let ends = self.eos.contains(&token) && !self.accepted.ignore_eos;
+        let ends = self.ends(token);
         if ends {
             self.finish = Some(FinishReason::Stop);
         } else if self.tokens.len() >= self.accepted.max_tokens as usize {

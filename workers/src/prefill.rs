@@ -6,9 +6,11 @@
 use crate::{
     engine::EngineError,
     kv::{KvRead, Sealed, Slot},
+    logits::LogitsProcessors,
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
+    vocabulary::GrammarError,
     worker::{NO_LOG_PAUSE, NO_LOG_TRIES, Worker},
 };
 use forebay_schemas::{
@@ -46,6 +48,9 @@ enum PrefillError {
     /// The engine refused or failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// Nothing can be generated in the format that is asked for.
+    #[error(transparent)]
+    Format(#[from] GrammarError),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] EngineStopped),
@@ -85,7 +90,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, stop: CancellationToken, computin
                 worker.answer(&delivery, Verdict::Ack).await;
             }
             // It would fail again: whoever waits for it is told, and tries it itself.
-            Err(PrefillError::Engine(error)) => {
+            Err(error @ (PrefillError::Engine(_) | PrefillError::Format(_))) => {
                 tracing::warn!(request = %task.request, %error, "a prefill failed");
                 give_up(&worker, &task, &error).await;
                 worker.answer(&delivery, Verdict::Ack).await;
@@ -141,6 +146,7 @@ async fn prefill(
     let mut output = OutputText::resume(worker.tokenizer.clone(), worker.eos.clone(), state);
     let first_index = state.tokens.len() as u32;
     let tokens = state.sequence();
+    let processors = LogitsProcessors::resume(state, &worker.vocabulary).await?;
     let sequence = Sequence {
         slot: slot.index(),
         tokens: tokens.clone(),
@@ -149,6 +155,7 @@ async fn prefill(
         next_index: first_index,
         remaining: 1,
         eos: Arc::default(),
+        processors,
     };
     let mut sealed = Sealing { worker, slot, lease: None, to: state.kv_from() };
     sealed.seal(&mut writer, filled).await?;
@@ -156,8 +163,9 @@ async fn prefill(
     loop {
         match outputs.recv().await.ok_or(EngineStopped)? {
             Output::Filled(filled) => sealed.seal(&mut writer, filled).await?,
-            Output::Token(token) => {
-                output.push(token);
+            Output::Token(sampled) => {
+                let token = sampled.token;
+                output.draw(sampled);
                 // A prompt of which one token was left ran as a step, which says nothing of positions.
                 sealed.seal(&mut writer, tokens.len() as u32).await?;
                 let completed = PrefillCompleted {
@@ -167,7 +175,7 @@ async fn prefill(
                     text: output.release(),
                     compute_us: begun.elapsed().as_micros() as u64,
                     cached_tokens: filled,
-                    logprobs: None,
+                    logprobs: worker.logprobs(&mut output).pop(),
                 };
                 writer.append(Body::PrefillCompleted(completed)).await?;
                 worker.store_prefix_soon(slot, writer.state(), &tokens);
@@ -246,7 +254,7 @@ impl Sealing<'_> {
     }
 }
 
-async fn give_up(worker: &Worker, task: &PrefillTask, error: &EngineError) {
+async fn give_up(worker: &Worker, task: &PrefillTask, error: &PrefillError) {
     let log = LogRef { gateway: task.gateway.clone(), request: task.request };
     let lost = Body::KvLost(KvLost { reason: format!("{}: {error}", worker.id) });
     let told = async {

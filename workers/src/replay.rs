@@ -5,10 +5,11 @@
 //! it. Chunks and steps are a worker's; batches are not: what ran beside the request is not in its log.
 
 use crate::{
-    engine::{Draw, Engine, EngineError, Row, Sampled},
+    engine::{Draw, Engine, EngineError, Row, Sampled, draw},
+    logits::LogitsProcessors,
     output::OutputText,
 };
-use forebay_kernels::{NotFinite, sample};
+use forebay_kernels::NotFinite;
 use forebay_schemas::{event::FinishReason, lifecycle::Lifecycle, sampling::Sampling};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
@@ -57,34 +58,36 @@ impl Logits {
 }
 
 /// Runs a request again in the engine's first slot, and compares every logged token. The prompt is run in chunks of at
-/// most `chunk_tokens`.
+/// most `chunk_tokens`; `processors` are those of the request before its first token.
 pub fn compare(
     engine: &mut dyn Engine,
     state: &Lifecycle,
+    mut processors: LogitsProcessors,
     chunk_tokens: u32,
 ) -> Result<Comparison, EngineError> {
     let (prompt, logged) = (&state.accepted.prompt, &state.tokens);
     let mut comparison = Comparison::default();
     let Some(first) = logged.first() else { return Ok(comparison) };
-    let sampling = &state.accepted.sampling;
+    let sampling = &Sampling { logprobs: None, ..state.accepted.sampling.clone() };
     let chunks = prompt.chunks(chunk_tokens.max(1) as usize);
     let (last, mut start) = (chunks.len().saturating_sub(1), 0);
     let asked = asked(engine, sampling);
     for (number, chunk) in chunks.enumerate() {
-        let draw = (number == last).then_some(Draw { sampling: &asked, index: 0 });
+        let draw = (number == last).then_some(Draw::new(&asked, 0));
         let sampled = engine.prefill(SLOT, start, chunk, draw)?;
         start += chunk.len() as u32;
         if let Some(sampled) = sampled {
-            let token = drawn(engine, sampling, 0, sampled, start - 1)?;
+            let token = drawn(engine, processors.draw(sampling, 0), &sampled, start - 1)?;
             comparison.add(0, *first, token, engine.row_logits(0));
         }
     }
     let mut out = Vec::with_capacity(1);
     for (index, pair) in (1..).zip(logged.windows(2)) {
         let position = start + index - 1;
-        let draw = Draw { sampling: &asked, index };
+        let draw = Draw::new(&asked, index);
+        processors.push(pair[0]).map_err(|error| EngineError::OutOfFormat { slot: SLOT, error })?;
         engine.decode(&[Row { slot: SLOT, position, token: pair[0], draw }], &[0], &mut out)?;
-        let token = drawn(engine, sampling, index, out[0], position)?;
+        let token = drawn(engine, processors.draw(sampling, index), &out[0], position)?;
         comparison.add(index, pair[1], token, engine.row_logits(0));
     }
     Ok(comparison)
@@ -93,23 +96,19 @@ pub fn compare(
 /// How the engine is asked to draw: greedily if it has logits, so that they are left as they are and the draw itself can
 /// be done here, with a copy of them.
 fn asked(engine: &mut dyn Engine, sampling: &Sampling) -> Sampling {
-    match engine.row_logits(0) {
-        Some(_) => Sampling { temperature: 0.0, ..sampling.clone() },
-        None => sampling.clone(),
-    }
+    if engine.row_logits(0).is_some() { Sampling::GREEDY } else { sampling.clone() }
 }
 
 /// The token that a worker would have drawn.
 fn drawn(
     engine: &mut dyn Engine,
-    sampling: &Sampling,
-    index: u32,
-    sampled: Sampled,
+    as_asked: Draw<'_>,
+    sampled: &Sampled,
     position: u32,
 ) -> Result<u32, EngineError> {
     let Some(logits) = engine.row_logits(0) else { return Ok(sampled.token) };
-    sample(&mut logits.to_vec(), sampling, index)
-        .map_err(|NotFinite| EngineError::NotFinite { slot: SLOT, position })
+    let drawn = draw(&mut logits.to_vec(), as_asked);
+    Ok(drawn.map_err(|NotFinite| EngineError::NotFinite { slot: SLOT, position })?.token)
 }
 
 impl Comparison {

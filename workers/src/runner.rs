@@ -5,7 +5,7 @@
 //! loop is a task, whose steps take virtual time.
 
 use crate::{
-    engine::{Draw, Engine, EngineCard, EngineError, KvMover, Row, Sampled, onnx::OpenError},
+    engine::{Engine, EngineCard, EngineError, KvMover, Row, Sampled, onnx::OpenError},
     scheduler::{Budget, Chunk, Scheduler, Sequence, Step},
 };
 use forebay_kernels::Region;
@@ -44,7 +44,7 @@ pub enum Output {
     /// KV of all positions below this is in the slot (said at the end of each chunk of a prompt).
     Filled(u32),
     /// The next token.
-    Token(u32),
+    Token(Sampled),
     /// The sequence can't go on.
     Failed(EngineError),
 }
@@ -403,7 +403,7 @@ impl EngineLoop {
         }
         let Some(sequence) = self.scheduler.sequence(chunk.slot) else { return };
         let tokens = &sequence.tokens[chunk.start as usize..end as usize];
-        let draw = chunk.last.then_some(Draw { sampling: &sequence.sampling, index: sequence.next_index });
+        let draw = chunk.last.then(|| sequence.draw());
         match self.engine.prefill(chunk.slot, chunk.start, tokens, draw) {
             Ok(sampled) => {
                 self.scheduler.filled(chunk);
@@ -432,7 +432,7 @@ impl EngineLoop {
                 slot: *slot,
                 position: sequence.filled,
                 token: *sequence.tokens.last()?,
-                draw: Draw { sampling: &sequence.sampling, index: sequence.next_index },
+                draw: sequence.draw(),
             })
         };
         let rows: Vec<Row<'_>> = slots.iter().filter_map(row).collect();
@@ -445,9 +445,9 @@ impl EngineLoop {
         drop(rows);
         match outcome {
             Ok(()) => {
-                for (slot, sampled) in slots.into_iter().zip(&drawn) {
+                for (slot, sampled) in slots.into_iter().zip(drawn.drain(..)) {
                     self.scheduler.stepped(slot);
-                    self.hand_out(slot, *sampled);
+                    self.hand_out(slot, sampled);
                 }
             }
             Err(error) => self.fail_rows(&slots, error),
@@ -465,10 +465,12 @@ impl EngineLoop {
     }
 
     fn hand_out(&mut self, slot: u32, sampled: Sampled) {
-        let goes_on = self.scheduler.drawn(slot, sampled.token);
-        self.send(slot, Output::Token(sampled.token));
-        if !goes_on {
-            self.outputs.remove(&slot);
+        let drawn = self.scheduler.drawn(slot, sampled.token);
+        self.send(slot, Output::Token(sampled));
+        match drawn {
+            Ok(true) => {}
+            Ok(false) => drop(self.outputs.remove(&slot)),
+            Err(error) => self.fail(slot, EngineError::OutOfFormat { slot, error }),
         }
     }
 
@@ -496,6 +498,7 @@ fn slot_of(error: &EngineError) -> Option<u32> {
         | EngineError::NotFinite { slot, .. }
         | EngineError::KvFull { slot }
         | EngineError::KvGone { slot }
+        | EngineError::OutOfFormat { slot, .. }
         | EngineError::DamagedKv { slot, .. } => Some(*slot),
         EngineError::Runtime(_) => None,
     }

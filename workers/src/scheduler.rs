@@ -4,6 +4,7 @@
 //! waited longest first, then one token of every sequence that decodes. While some decode, a step has a budget of tokens,
 //! so that prompts don't take their pace; the fewer they are, the more of it is the prompts'.
 
+use crate::{engine::Draw, logits::LogitsProcessors, vocabulary::GrammarError};
 use forebay_schemas::sampling::Sampling;
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -27,9 +28,16 @@ pub struct Sequence {
     pub remaining: u32,
     /// Tokens that end the sequence; none if it goes on past them.
     pub eos: Arc<[u32]>,
+    /// What changes logits before tokens are drawn.
+    pub processors: LogitsProcessors,
 }
 
 impl Sequence {
+    /// How the next token is drawn.
+    pub fn draw(&self) -> Draw<'_> {
+        self.processors.draw(&self.sampling, self.next_index)
+    }
+
     /// Tokens that still have to be run before the next can be drawn.
     fn behind(&self) -> u32 {
         self.tokens.len() as u32 - self.filled
@@ -227,17 +235,20 @@ impl Scheduler {
         }
     }
 
-    /// Notes a drawn token. Returns whether the sequence goes on; one that does not has left.
-    pub fn drawn(&mut self, slot: u32, token: u32) -> bool {
-        let Some(sequence) = self.sequences.get_mut(&slot) else { return false };
+    /// Notes a drawn token. Returns whether the sequence goes on; one that does not has left. Fails if the token is not of its
+    /// format.
+    pub fn drawn(&mut self, slot: u32, token: u32) -> Result<bool, GrammarError> {
+        let Some(sequence) = self.sequences.get_mut(&slot) else { return Ok(false) };
         sequence.tokens.push(token);
         sequence.next_index += 1;
         sequence.remaining = sequence.remaining.saturating_sub(1);
         let goes_on = sequence.remaining > 0 && !sequence.eos.contains(&token);
-        if !goes_on {
+        if goes_on {
+            sequence.processors.push(token)?;
+        } else {
             self.remove(slot);
         }
-        goes_on
+        Ok(goes_on)
     }
 }
 
@@ -254,6 +265,7 @@ mod tests {
             next_index: 0,
             remaining,
             eos: Arc::new([99]),
+            processors: LogitsProcessors::default(),
         }
     }
 
@@ -291,7 +303,7 @@ mod tests {
         assert_eq!(step, Step { chunks: vec![chunk(0, 0, 5, false)], rows: vec![2] });
         scheduler.filled(&step.chunks[0]);
         scheduler.stepped(2);
-        assert!(scheduler.drawn(2, 7));
+        assert!(scheduler.drawn(2, 7).unwrap());
         assert_eq!(scheduler.parked(), [5, 0, 5, 0]);
         scheduler.remove(2);
         for (start, count, last) in [(5, 8, false), (13, 7, true)] {
@@ -299,7 +311,7 @@ mod tests {
             assert_eq!(step, Step { chunks: vec![chunk(0, start, count, last)], rows: vec![] });
             scheduler.filled(&step.chunks[0]);
         }
-        assert!(scheduler.drawn(0, 1));
+        assert!(scheduler.drawn(0, 1).unwrap());
         assert_eq!(scheduler.plan(|_| true), Step { chunks: vec![], rows: vec![0] });
     }
 
@@ -361,9 +373,9 @@ mod tests {
         let mut scheduler = scheduler(2);
         scheduler.add(sequence(0, 3, 2, 1));
         scheduler.add(sequence(1, 3, 2, 9));
-        assert!(!scheduler.drawn(0, 5));
-        assert!(scheduler.drawn(1, 5));
-        assert!(!scheduler.drawn(1, 99));
+        assert!(!scheduler.drawn(0, 5).unwrap());
+        assert!(scheduler.drawn(1, 5).unwrap());
+        assert!(!scheduler.drawn(1, 99).unwrap());
         assert!(scheduler.is_idle());
     }
 

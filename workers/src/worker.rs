@@ -19,9 +19,11 @@ use crate::{
         publish, shm,
         tcp::{TcpListen, TcpOwner},
     },
+    output::OutputText,
     prefill,
     runner::{EngineStopped, Runner, StartError},
     scheduler::Budget,
+    vocabulary::Vocabulary,
 };
 use forebay_kernels::Region;
 use forebay_schemas::{
@@ -29,6 +31,7 @@ use forebay_schemas::{
     dead_letter::DeadLetter,
     event::FailureCode,
     ids::{RequestId, WorkerId},
+    sampling::Logprobs,
     task::Role,
 };
 use forebay_streams::{
@@ -145,6 +148,7 @@ pub(crate) struct Worker {
     pub(crate) model: ModelCard,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) eos: Arc<[u32]>,
+    pub(crate) vocabulary: Arc<Vocabulary>,
     pub(crate) streams: Streams,
     pub(crate) runner: Runner,
     pub(crate) slots: SlotPool,
@@ -199,10 +203,13 @@ pub async fn run(
     let nixl_owner = serve_over_nixl(&mut config.kv, tcp_owner.as_ref(), runner.kv())?;
     streams.tasks.ensure(&model.key).await?;
     streams.catalog.publish_model(&model).await?;
+    let eos: Arc<[u32]> = model.eos_token_ids.clone().into();
+    let vocabulary = Vocabulary::new(tokenizer.clone(), eos.clone(), model.vocab_size);
     let worker = Arc::new(Worker {
         id,
         incarnation,
-        eos: model.eos_token_ids.clone().into(),
+        eos,
+        vocabulary: Arc::new(vocabulary),
         model,
         tokenizer,
         workers: streams.registry.workers().await?,
@@ -347,6 +354,11 @@ impl Worker {
                 return;
             }
         }
+    }
+
+    /// What is told of the tokens of an output since this was asked last.
+    pub(crate) fn logprobs(&self, output: &mut OutputText) -> Vec<Logprobs> {
+        output.release_told().iter().filter_map(|sampled| self.vocabulary.logprobs(sampled)).collect()
     }
 
     /// Keeps what is known of a task that failed as often as it may. Best effort: the log has the rest.

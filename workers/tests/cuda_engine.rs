@@ -5,19 +5,20 @@ mod parity_support;
 #[path = "../../kernels/tests/cuda/stand_in.rs"]
 mod stand_in;
 
-use forebay_kernels::Region;
+use forebay_kernels::{Adjustments, Region};
 use forebay_schemas::{
     kv::{KvHandle, KvLayout, TokenRange},
     sampling::Sampling,
 };
 use forebay_workers::{
     engine::{
-        Draw, Engine, EngineError, PeerSlot, Row,
+        Draw, Engine, EngineError, PeerSlot, Row, Sampled,
         checkpoint::Checkpoint,
         cuda::{CudaEngine, CudaOptions, Provider},
         graph::Precision,
         onnx::OpenError,
     },
+    logits::LogitsProcessors,
     runner::{Output, Runner},
     scheduler::{Budget, Sequence},
 };
@@ -71,52 +72,82 @@ fn it_agrees_with_transformers() {
     }
 }
 
-/// Rows in any slots, of unlike lengths, beside slots that nobody uses; drawn with a temperature as the CPU's engine draws.
+/// Rows in any slots, of unlike lengths, beside slots that nobody uses; drawn with a temperature, penalties, bias and a mask, and
+/// told of, as the CPU's engine does.
 #[test]
 fn a_batch_is_its_rows() {
     let case = CASES[2];
     let prompts: Vec<Vec<u32>> = Reference::read(case).prompts.into_iter().map(|prompt| prompt.ids).collect();
-    let sampling =
+    let plain =
         |seed| Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed, min_p: 0.01, ..Sampling::GREEDY };
-    let mut expected = Vec::new();
-    let mut cpu = open(case, Precision::F32);
-    for (seed, prompt) in (0..).zip(prompts.iter().take(2)) {
-        let sampling = sampling(seed);
-        let draw = |index| Draw { sampling: &sampling, index };
-        let mut tokens = vec![cpu.prefill(0, 0, prompt, Some(draw(0))).unwrap().unwrap().token];
-        let mut out = Vec::new();
-        for index in 1..20 {
-            let position = prompt.len() as u32 + index - 1;
-            let row = Row { slot: 0, position, token: tokens[tokens.len() - 1], draw: draw(index) };
-            cpu.decode(&[row], &[], &mut out).unwrap();
-            tokens.push(out[0].token);
-        }
-        expected.push(tokens);
+    let samplings = [
+        Sampling { repetition_penalty: 1.3, presence_penalty: 0.5, logprobs: Some(3), ..plain(0) },
+        Sampling { frequency_penalty: 0.7, logit_bias: vec![(7, 4.0), (11, -100.0)], ..plain(1) },
+    ];
+    // Every second token.
+    let allowed = vec![0x5555_5555; open(case, Precision::F32).card().vocab.div_ceil(32) as usize];
+    let (samplings, allowed) = (&samplings, &allowed[..]);
+    fn draw<'a>(
+        (samplings, allowed): (&'a [Sampling; 2], &'a [u32]),
+        which: usize,
+        index: u32,
+        adjustments: &'a Adjustments,
+    ) -> Draw<'a> {
+        let allowed = (which == 1).then_some(allowed);
+        Draw { adjustments: Some(adjustments), allowed, ..Draw::new(&samplings[which], index) }
     }
+    let how = (samplings, allowed);
+    let adjustments = |which: usize| Adjustments::new(&samplings[which], &prompts[which], &[]).unwrap();
+    let mut expected: Vec<Vec<Sampled>> = Vec::new();
+    let mut cpu = open(case, Precision::F32);
+    for (which, prompt) in prompts.iter().take(2).enumerate() {
+        let mut adjustments = adjustments(which);
+        let first = cpu.prefill(0, 0, prompt, Some(draw(how, which, 0, &adjustments))).unwrap().unwrap();
+        let (mut drawn, mut out) = (vec![first], Vec::new());
+        for index in 1..20 {
+            let (position, token) = (prompt.len() as u32 + index - 1, drawn[drawn.len() - 1].token);
+            adjustments.push(token);
+            let row = Row { slot: 0, position, token, draw: draw(how, which, index, &adjustments) };
+            cpu.decode(&[row], &[], &mut out).unwrap();
+            drawn.append(&mut out);
+        }
+        expected.push(drawn);
+    }
+    assert!(expected[0].iter().all(|drawn| drawn.logprobs.as_ref().is_some_and(|told| told.top.len() == 3)));
+    assert!(expected[1].iter().all(|drawn| drawn.token % 2 == 0 && drawn.logprobs.is_none()));
     let mut engine = on_gpu(case);
-    let samplings = [sampling(0), sampling(1)];
     let slots = [3, 1];
-    let mut tokens: Vec<Vec<u32>> = Vec::new();
-    for ((slot, prompt), sampling) in slots.iter().zip(&prompts).zip(&samplings) {
-        let draw = Draw { sampling, index: 0 };
-        tokens.push(vec![engine.prefill(*slot, 0, prompt, Some(draw)).unwrap().unwrap().token]);
+    let mut adjustments = [adjustments(0), adjustments(1)];
+    let mut drawn: Vec<Vec<Sampled>> = Vec::new();
+    for (which, (slot, prompt)) in slots.iter().zip(&prompts).enumerate() {
+        let draw = draw(how, which, 0, &adjustments[which]);
+        drawn.push(vec![engine.prefill(*slot, 0, prompt, Some(draw)).unwrap().unwrap()]);
     }
     let mut out = Vec::new();
     for index in 1..20 {
+        for (adjustments, drawn) in adjustments.iter_mut().zip(&drawn) {
+            adjustments.push(drawn[index as usize - 1].token);
+        }
         let row = |which: usize| Row {
             slot: slots[which],
             position: prompts[which].len() as u32 + index - 1,
-            token: tokens[which][index as usize - 1],
-            draw: Draw { sampling: &samplings[which], index },
+            token: drawn[which][index as usize - 1].token,
+            draw: draw(how, which, index, &adjustments[which]),
         };
         let rows = [row(1), row(0)];
         engine.decode(&rows, &[0, 0, 0, 0], &mut out).unwrap();
         assert_eq!(out.len(), 2);
-        tokens[1].push(out[0].token);
-        tokens[0].push(out[1].token);
+        drawn[0].push(out.remove(1));
+        drawn[1].push(out.remove(0));
     }
-    if is_exact() {
-        assert_eq!(tokens, expected);
+    if !is_exact() {
+        return;
+    }
+    for (drawn, expected) in drawn.iter().flatten().zip(expected.iter().flatten()) {
+        assert_eq!(drawn.token, expected.token);
+        // The sums of a batch are those of one row but for their last bits.
+        let apart = |of: &Sampled| of.logprobs.as_ref().map_or(0.0, |told| told.drawn);
+        assert!((apart(drawn) - apart(expected)).abs() < 1e-3, "{drawn:?} and not {expected:?}");
     }
 }
 
@@ -201,6 +232,7 @@ async fn sequences_share_too_little_memory() {
             next_index: 0,
             remaining: 150,
             eos: Arc::default(),
+            processors: LogitsProcessors::default(),
         };
         let mut outputs = runner.add(sequence).await.unwrap();
         let (runner, kv) = (runner.clone(), kv.clone());
@@ -208,7 +240,7 @@ async fn sequences_share_too_little_memory() {
             let (mut tokens, mut begun, mut saved) = (Vec::new(), 0, 0);
             while let Some(output) = outputs.recv().await {
                 match output {
-                    Output::Token(token) => tokens.push(token),
+                    Output::Token(sampled) => tokens.push(sampled.token),
                     // A prompt that is run after tokens were drawn was preempted.
                     Output::Filled(_) => begun |= u32::from(!tokens.is_empty()),
                     Output::Failed(error) => panic!("{error}"),

@@ -87,7 +87,7 @@ fn chunked_prefill_equals_whole_prefill() {
 /// Rows join and leave, slots are free, half prefilled, or idle: each sequence draws what it draws alone.
 fn batch_equals_alone(mut engine: impl Engine, prompts: &[Vec<u32>], sampling: &Sampling) {
     const TOKENS: usize = 24;
-    let draw = |index| Draw { sampling, index };
+    let draw = |index| Draw::new(sampling, index);
     let mut expected = Vec::new();
     for prompt in prompts {
         let mut tokens = vec![engine.prefill(3, 0, prompt, Some(draw(0))).unwrap().unwrap().token];

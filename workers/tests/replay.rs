@@ -12,6 +12,7 @@ use forebay_workers::{
         onnx::{OnnxEngine, OnnxOptions},
         sim::{SimEngine, SimOptions, SimPace},
     },
+    logits::LogitsProcessors,
     model::ModelText,
     replay::{self, Comparison},
 };
@@ -64,7 +65,7 @@ fn log(sampling: &Sampling, tokens: &[u32]) -> Lifecycle {
 
 /// What a worker generates: in another slot, with its own way to ask.
 fn generate(engine: &mut dyn Engine, slot: u32, sampling: &Sampling, count: u32) -> Vec<u32> {
-    let draw = |index| Draw { sampling, index };
+    let draw = |index| Draw::new(sampling, index);
     let parked = [0; 2];
     engine.prefill(slot, 0, &PROMPT[..4], None).unwrap();
     let mut tokens = vec![engine.prefill(slot, 4, &PROMPT[4..], Some(draw(0))).unwrap().unwrap().token];
@@ -77,16 +78,20 @@ fn generate(engine: &mut dyn Engine, slot: u32, sampling: &Sampling, count: u32)
     tokens
 }
 
-const WARM: Sampling = Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed: 7, ..Sampling::GREEDY };
+fn warm() -> Sampling {
+    Sampling { temperature: 0.9, top_p: 0.9, top_k: 40, seed: 7, ..Sampling::GREEDY }
+}
 
 #[test]
 fn a_simulated_log_is_equal_and_has_no_logits() {
     let mut engine = sim();
-    let mut tokens = generate(&mut engine, 0, &WARM, 12);
-    let comparison = replay::compare(&mut engine, &log(&WARM, &tokens), 3).unwrap();
+    let mut tokens = generate(&mut engine, 0, &warm(), 12);
+    let comparison =
+        replay::compare(&mut engine, &log(&warm(), &tokens), LogitsProcessors::default(), 3).unwrap();
     assert_eq!(comparison, Comparison { tokens: 12, differing: 0, first: None });
     let was = std::mem::replace(&mut tokens[5], 99);
-    let comparison = replay::compare(&mut engine, &log(&WARM, &tokens), 3).unwrap();
+    let comparison =
+        replay::compare(&mut engine, &log(&warm(), &tokens), LogitsProcessors::default(), 3).unwrap();
     let first = comparison.first.unwrap();
     assert_eq!((first.index, first.logged, first.drawn, first.logits), (5, 99, was, None));
     // Its tokens depend on all before: everything after the changed one differs too.
@@ -96,9 +101,10 @@ fn a_simulated_log_is_equal_and_has_no_logits() {
 #[test]
 fn a_log_of_the_model_is_equal_however_it_was_drawn() {
     let mut engine = onnx();
-    for sampling in [Sampling::GREEDY, WARM] {
+    for sampling in [Sampling::GREEDY, warm()] {
         let tokens = generate(&mut engine, 1, &sampling, 12);
-        let comparison = replay::compare(&mut engine, &log(&sampling, &tokens), 4).unwrap();
+        let comparison =
+            replay::compare(&mut engine, &log(&sampling, &tokens), LogitsProcessors::default(), 4).unwrap();
         assert_eq!(comparison, Comparison { tokens: 12, differing: 0, first: None });
     }
 }
@@ -108,7 +114,9 @@ fn a_changed_token_shows_with_both_logits() {
     let mut engine = onnx();
     let mut tokens = generate(&mut engine, 1, &Sampling::GREEDY, 12);
     let was = std::mem::replace(&mut tokens[11], 400);
-    let comparison = replay::compare(&mut engine, &log(&Sampling::GREEDY, &tokens), 4).unwrap();
+    let comparison =
+        replay::compare(&mut engine, &log(&Sampling::GREEDY, &tokens), LogitsProcessors::default(), 4)
+            .unwrap();
     assert_eq!((comparison.tokens, comparison.differing), (12, 1));
     let first = comparison.first.unwrap();
     assert_eq!((first.index, first.logged, first.drawn), (11, 400, was));
@@ -117,14 +125,17 @@ fn a_changed_token_shows_with_both_logits() {
 
 #[test]
 fn a_log_without_tokens_has_nothing_to_compare() {
-    assert_eq!(replay::compare(&mut sim(), &log(&WARM, &[]), 4).unwrap(), Comparison::default());
+    assert_eq!(
+        replay::compare(&mut sim(), &log(&warm(), &[]), LogitsProcessors::default(), 4).unwrap(),
+        Comparison::default()
+    );
 }
 
 #[test]
 fn text_and_end_follow_from_the_tokens() {
     let text = ModelText::open(&demo()).unwrap();
     let tokens = text.tokenizer.encode("A forebay is a basin.", false).unwrap().get_ids().to_vec();
-    let of = |tokens: &[u32]| replay::output(text.tokenizer.clone(), [2].into(), &log(&WARM, tokens));
+    let of = |tokens: &[u32]| replay::output(text.tokenizer.clone(), [2].into(), &log(&warm(), tokens));
     assert_eq!(of(&tokens), ("A forebay is a basin.".to_owned(), None));
     let long: Vec<u32> = tokens.iter().copied().cycle().take(12).collect();
     assert_eq!(of(&long).1, Some(FinishReason::Length));

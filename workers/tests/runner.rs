@@ -3,6 +3,7 @@
 use forebay_schemas::sampling::Sampling;
 use forebay_workers::{
     engine::sim::{SimEngine, SimOptions, SimPace},
+    logits::LogitsProcessors,
     runner::{Output, Runner},
     scheduler::{Budget, Sequence},
 };
@@ -23,6 +24,7 @@ fn sequence(slot: u32, remaining: u32) -> Sequence {
         next_index: 0,
         remaining,
         eos: Arc::default(),
+        processors: LogitsProcessors::default(),
     }
 }
 

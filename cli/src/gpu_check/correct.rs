@@ -147,7 +147,7 @@ fn prompts(tokenizer: &Tokenizer) -> anyhow::Result<Vec<Vec<u32>>> {
 }
 
 fn logits(cpu: &mut dyn Engine, gpu: &mut dyn Engine, prompts: &[Vec<u32>]) -> anyhow::Result<String> {
-    let draw = Draw { sampling: &GREEDY, index: 0 };
+    let draw = Draw::greedy(0);
     let (mut error, mut size) = (0.0, 0.0);
     for prompt in prompts {
         cpu.prefill(0, 0, prompt, Some(draw))?;
@@ -178,7 +178,7 @@ fn agreement(cpu: &mut dyn Engine, gpu: &mut dyn Engine, prompts: &[Vec<u32>]) -
 
 /// Tokens after a prompt, alone.
 fn answer(engine: &mut dyn Engine, slot: u32, prompt: &[u32]) -> anyhow::Result<Vec<u32>> {
-    let first = engine.prefill(slot, 0, prompt, Some(Draw { sampling: &GREEDY, index: 0 }))?;
+    let first = engine.prefill(slot, 0, prompt, Some(Draw::greedy(0)))?;
     let mut tokens = vec![first.expect("a token was asked for").token];
     go_on(engine, slot, prompt.len(), &mut tokens)?;
     Ok(tokens)
@@ -187,7 +187,7 @@ fn answer(engine: &mut dyn Engine, slot: u32, prompt: &[u32]) -> anyhow::Result<
 fn go_on(engine: &mut dyn Engine, slot: u32, prompt: usize, tokens: &mut Vec<u32>) -> anyhow::Result<()> {
     let mut out = Vec::new();
     while tokens.len() < TOKENS {
-        let draw = Draw { sampling: &GREEDY, index: tokens.len() as u32 };
+        let draw = Draw::greedy(tokens.len() as u32);
         let position = (prompt + tokens.len() - 1) as u32;
         let row = Row { slot, position, token: tokens[tokens.len() - 1], draw };
         engine.decode(&[row], &vec![0; slot as usize], &mut out)?;
@@ -205,7 +205,7 @@ fn replay(graphs: &mut CudaEngine, eager: &mut CudaEngine, prompts: &[Vec<u32>])
         let mut seen = Vec::new();
         let mut tokens = Vec::new();
         for (slot, prompt) in (0..).zip(&prompts[..rows]) {
-            let draw = Draw { sampling: &GREEDY, index: 0 };
+            let draw = Draw::greedy(0);
             tokens.push(engine.prefill(slot, 0, prompt, Some(draw))?.expect("a token was asked for").token);
         }
         let mut out = Vec::new();
@@ -214,7 +214,7 @@ fn replay(graphs: &mut CudaEngine, eager: &mut CudaEngine, prompts: &[Vec<u32>])
                 slot: slot as u32,
                 position: prompts[slot].len() as u32 + index - 1,
                 token: *token,
-                draw: Draw { sampling: &GREEDY, index },
+                draw: Draw::greedy(index),
             };
             let batch: Vec<Row<'_>> = tokens.iter().enumerate().map(row).collect();
             engine.decode(&batch, &vec![0; rows], &mut out)?;

@@ -34,7 +34,7 @@ const STEPS: usize = 100;
 /// Tokens of a prompt whose prefill, and the way of whose KV, are timed.
 const PROMPT: u32 = 4096;
 
-const GREEDY: Draw<'static> = Draw { sampling: &Sampling::GREEDY, index: 0 };
+const GREEDY: Draw<'static> = Draw::greedy(0);
 
 struct Shape {
     name: &'static str,

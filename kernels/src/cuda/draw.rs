@@ -92,8 +92,7 @@ impl Stream {
         (logits, vocab): (&DeviceBuffer<f32>, u32),
         (told, width): (&DeviceBuffer<RowTold>, u32),
         drawn: &DeviceBuffer<u32>,
-        normalizers: &DeviceBuffer<Normalizer>,
-        probable: &DeviceBuffer<Probable>,
+        (normalizers, probable): (&DeviceBuffer<Normalizer>, &DeviceBuffer<Probable>),
         rows: usize,
     ) -> Result<(), DeviceError> {
         assert!(logits.len() >= rows * vocab as usize && normalizers.len() >= rows, "{rows} rows");

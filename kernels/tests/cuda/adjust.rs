@@ -83,7 +83,7 @@ proptest! {
         let probable = DeviceBuffer::<Probable>::new(&device, count * width).unwrap();
         let (of, told) = ((&logits, vocab as u32), (&told, width as u32));
         // SAFETY: no row has more than the widest.
-        unsafe { stream.probabilities(&kernels, of, told, &tokens, &normalizers, &probable, count) }.unwrap();
+        unsafe { stream.probabilities(&kernels, of, told, &tokens, (&normalizers, &probable), count) }.unwrap();
         let (normalizers, probable) = (contents(&stream, &normalizers), contents(&stream, &probable));
         for (number, row) in rows.iter().enumerate() {
             let Some(top) = tops[number] else { continue };
@@ -109,7 +109,7 @@ fn a_row_that_is_not_finite_has_no_probabilities() {
     let normalizers = DeviceBuffer::<Normalizer>::new(&device, 2).unwrap();
     let probable = DeviceBuffer::<Probable>::new(&device, 4).unwrap();
     // SAFETY: no row has more than the widest.
-    unsafe { stream.probabilities(&kernels, (&logits, 3), (&told, 2), &drawn, &normalizers, &probable, 2) }
+    unsafe { stream.probabilities(&kernels, (&logits, 3), (&told, 2), &drawn, (&normalizers, &probable), 2) }
         .unwrap();
     assert!(contents(&stream, &normalizers).iter().all(|normalizer| normalizer.logprob(1.0).is_nan()));
 }

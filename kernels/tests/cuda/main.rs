@@ -3,6 +3,7 @@
 
 mod adjust;
 mod memory;
+mod rows;
 mod sampler;
 mod stand_in;
 mod transfer;

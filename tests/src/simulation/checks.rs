@@ -328,7 +328,7 @@ fn undisturbed(site: &Site, state: &Lifecycle) -> Option<Violation> {
 fn tokens(site: &Site, state: &Lifecycle) -> Vec<u32> {
     let mut engine = site.plan().engine();
     let sampling = &state.accepted.sampling;
-    let draw = |index| Draw { sampling, index };
+    let draw = |index| Draw::new(sampling, index);
     let prompt = &state.accepted.prompt;
     let first = engine.prefill(0, 0, prompt, Some(draw(0))).expect("it fits").expect("a token is drawn");
     let (mut tokens, mut drawn) = (vec![first.token], Vec::new());

@@ -9,6 +9,7 @@ use super::{
 use crate::{
     engine::EngineError,
     kv::{KvRead, ReadError, Sealed, Slot},
+    logits::LogitsProcessors,
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
@@ -90,11 +91,12 @@ impl Attempt<'_> {
                 return self.hand_over(&mut writer, &mut output, nothing, why, 0).await;
             }
         };
-        let outputs = worker.runner.add(self.sequence(writer.state(), filled)).await?;
+        let processors = LogitsProcessors::resume(writer.state(), &worker.vocabulary).await?;
+        let outputs = worker.runner.add(self.sequence(writer.state(), processors, filled)).await?;
         self.generate(&mut writer, &mut output, outputs, cached).await
     }
 
-    fn sequence(&self, state: &Lifecycle, filled: u32) -> Sequence {
+    fn sequence(&self, state: &Lifecycle, processors: LogitsProcessors, filled: u32) -> Sequence {
         let generated = state.tokens.len() as u32;
         let eos = if state.accepted.ignore_eos { Arc::default() } else { self.worker.eos.clone() };
         Sequence {
@@ -105,6 +107,7 @@ impl Attempt<'_> {
             next_index: generated,
             remaining: state.accepted.max_tokens - generated,
             eos,
+            processors,
         }
     }
 
@@ -234,7 +237,7 @@ impl Attempt<'_> {
             let mut failure = None;
             for item in batch.drain(..) {
                 match item {
-                    Output::Token(token) => output.push(token),
+                    Output::Token(sampled) => output.draw(sampled),
                     Output::Failed(error) => failure = Some(error),
                     Output::Filled(_) => {}
                 }

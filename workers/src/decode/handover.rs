@@ -105,7 +105,7 @@ impl Attempt<'_> {
         let first_index = output.tokens().len() as u32;
         while let Ok(item) = outputs.try_recv() {
             match item {
-                Output::Token(token) => output.push(token),
+                Output::Token(sampled) => output.draw(sampled),
                 Output::Failed(error) => return Err(error.into()),
                 Output::Filled(_) => {}
             }
@@ -119,6 +119,7 @@ impl Attempt<'_> {
                     tokens,
                     text,
                     cached_tokens: if first_index == 0 { cached } else { 0 },
+                    logprobs: worker.logprobs(output),
                 }))
                 .await?;
         }

@@ -4,7 +4,6 @@ use super::{
     Draw, Engine, EngineError, Row,
     onnx::{OnnxEngine, OnnxOptions, OpenError},
 };
-use forebay_schemas::sampling::Sampling;
 use serde::Serialize;
 use std::{path::Path, time::Instant};
 
@@ -110,7 +109,7 @@ fn most(counts: &[u32]) -> u32 {
     counts.iter().copied().max().unwrap_or(0)
 }
 
-const DRAW: Draw<'static> = Draw { sampling: &Sampling::GREEDY, index: 0 };
+const DRAW: Draw<'static> = Draw::greedy(0);
 
 fn fill(engine: &mut OnnxEngine, slot: u32, tokens: u32, chunk: u32) -> Result<(), EngineError> {
     let vocab = engine.card().vocab;

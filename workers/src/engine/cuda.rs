@@ -9,7 +9,7 @@ pub mod peak;
 
 pub use super::binding::Provider;
 use super::{
-    Draw, Engine, EngineCard, EngineError, KvMover, Row, Sampled,
+    Draw, Engine, EngineCard, EngineError, KvMover, RawLogprobs, Row, Sampled,
     binding::{CudaTensor, CudaTensorError, KvView, Program, RunOptions, Step, Tensor, with_cuda},
     checkpoint::{Checkpoint, Dtype},
     graph::{self, Form, Norms, Precision},
@@ -19,14 +19,11 @@ use super::{
 use forebay_kernels::{
     Region,
     cuda::{
-        Arena, Device, DeviceBuffer, DeviceError, GrowError, HostBuffer, Kernels, LoadError, NOT_FINITE,
-        NoDevice, PinBudget, PinnedRegion, RowDraw, Stream,
+        Arena, Device, DeviceError, Drawn, GrowError, HostBuffer, Kernels, LoadError, NoDevice, PinBudget,
+        PinnedRegion, RowDraws, Stream,
     },
 };
-use forebay_schemas::{
-    kv::{KvDtype, KvGeometry, KvLayout},
-    sampling::Sampling,
-};
+use forebay_schemas::kv::{KvDtype, KvGeometry, KvLayout};
 use mover::CudaKv;
 use ort::{
     environment::Environment,
@@ -178,8 +175,7 @@ pub struct CudaEngine {
     capacity: Tensor<i32>,
     total_len: Tensor<i32>,
     logits: CudaTensor<f32>,
-    tokens: DeviceBuffer<u32>,
-    drawn: HostBuffer<u32>,
+    draws: RowDraws,
     /// The row of the logits of each row of the last step.
     logit_rows: Vec<u32>,
     logits_copy: Option<HostBuffer<f32>>,
@@ -200,11 +196,9 @@ struct Inputs {
     ids: CudaTensor<i64>,
     lens: CudaTensor<i32>,
     last: CudaTensor<i64>,
-    draws: DeviceBuffer<RowDraw>,
     host_ids: HostBuffer<i64>,
     host_lens: HostBuffer<i32>,
     host_last: HostBuffer<i64>,
-    host_draws: HostBuffer<RowDraw>,
 }
 
 impl CudaEngine {
@@ -268,17 +262,14 @@ impl CudaEngine {
                 ids: CudaTensor::with_capacity(options.provider, &device, ids)?,
                 lens: CudaTensor::with_capacity(options.provider, &device, slots)?,
                 last: CudaTensor::with_capacity(options.provider, &device, slots)?,
-                draws: DeviceBuffer::new(&device, slots)?,
                 host_ids: HostBuffer::new(&device, ids)?,
                 host_lens: HostBuffer::new(&device, slots)?,
                 host_last: HostBuffer::new(&device, slots)?,
-                host_draws: HostBuffer::new(&device, slots)?,
             },
             capacity,
             total_len: Tensor::with_capacity(1)?,
             logits: CudaTensor::with_capacity(options.provider, &device, slots * config.vocab)?,
-            tokens: DeviceBuffer::new(&device, slots)?,
-            drawn: HostBuffer::new(&device, slots)?,
+            draws: RowDraws::new(&device, slots, config.vocab)?,
             logit_rows: vec![0],
             logits_copy: None,
             provider: options.provider,
@@ -314,20 +305,27 @@ impl CudaEngine {
         let _ = self.stream.synchronize();
     }
 
-    /// Draws the first rows of the logits, and waits for the tokens.
-    fn draw(&mut self, rows: usize) -> Result<&[u32], EngineError> {
-        let vocab = self.card.vocab;
-        self.stream.copy_in(&mut self.inputs.host_draws, rows, &self.inputs.draws, 0)?;
-        self.stream.sample(
-            &self.kernels,
-            self.logits.buffer(),
-            vocab,
-            &self.inputs.draws,
-            &self.tokens,
-            rows,
-        )?;
-        self.stream.copy_out(&self.tokens, rows, &mut self.drawn)?;
-        Ok(&self.drawn.data()?[..rows])
+    /// How a row of the step is drawn.
+    fn set_draw(&mut self, row: usize, draw: Draw<'_>) -> Result<(), DeviceError> {
+        let Draw { sampling, index, adjustments, allowed } = draw;
+        self.draws.set(row, (sampling, index), adjustments, allowed)
+    }
+
+    /// Queues the draws of all rows of the step.
+    fn draw(&mut self) -> Result<(), DeviceError> {
+        self.draws.queue(&self.stream, &self.kernels, self.logits.buffer())
+    }
+
+    /// Waits for what was drawn from a row, whose slot has so many positions filled now.
+    fn drawn(&mut self, row: usize, slot: u32, filled: u32) -> Result<Sampled, EngineError> {
+        let drawn = self.draws.drawn(row)?;
+        self.kv.fill(slot, filled);
+        let Drawn { token, told } = drawn.ok_or(EngineError::NotFinite { slot, position: filled - 1 })?;
+        let logprobs = told.map(|told| {
+            let top = told.top.iter().map(|of| (of.token, of.logit));
+            RawLogprobs::of(&told.normalizer, told.drawn, top)
+        });
+        Ok(Sampled { token, logprobs })
     }
 }
 
@@ -509,14 +507,11 @@ impl Engine for CudaEngine {
             self.kv.fill(slot, filled);
             return Ok(None);
         };
-        self.inputs.host_draws.data()?[0] = RowDraw::new(draw.sampling, draw.index);
+        self.draws.begin(1)?;
+        self.set_draw(0, draw)?;
         self.logit_rows = vec![0];
-        let token = self.draw(1)?[0];
-        self.kv.fill(slot, filled);
-        match token {
-            NOT_FINITE => Err(EngineError::NotFinite { slot, position: filled - 1 }),
-            token => Ok(Some(Sampled::new(token))),
-        }
+        self.draw()?;
+        self.drawn(0, slot, filled).map(Some)
     }
 
     fn decode(
@@ -535,20 +530,14 @@ impl Engine for CudaEngine {
         let run = self.run_rows(number, rows, parked);
         run.inspect_err(|_| self.settle())?;
         let batch = self.buckets[number].rows as usize;
-        let draws = self.inputs.host_draws.data()?;
-        draws[..batch].fill(RowDraw::new(&Sampling::GREEDY, 0));
+        self.draws.begin(batch)?;
         for row in rows {
-            draws[row.slot as usize] = RowDraw::new(row.draw.sampling, row.draw.index);
+            self.set_draw(row.slot as usize, row.draw)?;
         }
         self.logit_rows = rows.iter().map(|row| row.slot).collect();
-        let kv = self.kv.clone();
-        let tokens = self.draw(batch)?;
+        self.draw()?;
         for row in rows {
-            kv.fill(row.slot, row.position + 1);
-            match tokens[row.slot as usize] {
-                NOT_FINITE => return Err(EngineError::NotFinite { slot: row.slot, position: row.position }),
-                token => out.push(Sampled::new(token)),
-            }
+            out.push(self.drawn(row.slot as usize, row.slot, row.position + 1)?);
         }
         Ok(())
     }

@@ -19,7 +19,8 @@ pub mod quantize;
 pub mod random_checkpoint;
 pub mod sim;
 
-use forebay_kernels::Region;
+use crate::vocabulary::GrammarError;
+use forebay_kernels::{Adjustments, Normalizer, NotFinite, Penalties, Region, adjust, most_probable, sample};
 use forebay_schemas::{
     kv::{KvLayout, LayoutHash, TokenRange},
     sampling::Sampling,
@@ -90,8 +91,8 @@ pub trait Engine: Send {
     }
 
     /// Logits of row number `row` of the last step (0 for a prefill), one for each token of the vocabulary. None, before
-    /// any step too, from an engine that draws by other means. A draw with a temperature overwrites those of its row:
-    /// whoever wants to see them draws greedily.
+    /// any step too, from an engine that draws by other means. A draw overwrites those of its row, unless it is greedy and
+    /// from logits as they are: whoever wants to see them draws so.
     fn row_logits(&mut self, _row: usize) -> Option<&[f32]> {
         None
     }
@@ -150,21 +151,77 @@ pub struct Draw<'a> {
     pub sampling: &'a Sampling,
     /// Index within the output of the token to be drawn: the counter of the generator.
     pub index: u32,
+    /// Penalties and bias, for the tokens so far.
+    pub adjustments: Option<&'a Adjustments>,
+    /// A bit for each token that may be drawn, the lowest of the first word for token 0; none: all may.
+    pub allowed: Option<&'a [u32]>,
+}
+
+static GREEDY: Sampling = Sampling::GREEDY;
+
+impl<'a> Draw<'a> {
+    /// The most probable token.
+    pub const fn greedy(index: u32) -> Draw<'static> {
+        Draw::new(&GREEDY, index)
+    }
+
+    /// From logits as they are.
+    pub const fn new(sampling: &'a Sampling, index: u32) -> Draw<'a> {
+        Draw { sampling, index, adjustments: None, allowed: None }
+    }
 }
 
 /// A drawn token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Sampled {
     /// Its id.
     pub token: u32,
+    /// How probable it was, if that was asked for and the engine has logits.
+    pub logprobs: Option<RawLogprobs>,
 }
 
 impl Sampled {
     /// A drawn token with nothing said of its probability.
     pub fn new(token: u32) -> Sampled {
-        Sampled { token }
+        Sampled { token, logprobs: None }
     }
+}
+
+/// Natural logarithms of probabilities, by the logits as the model gave them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RawLogprobs {
+    /// Of the token that was drawn.
+    pub drawn: f32,
+    /// Of the most probable ones, most probable first.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl RawLogprobs {
+    /// From logits: of the drawn token's, and of the most probable ones.
+    fn of(normalizer: &Normalizer, drawn: f32, top: impl IntoIterator<Item = (u32, f32)>) -> RawLogprobs {
+        let of = |logit| normalizer.logprob(logit) as f32;
+        RawLogprobs {
+            drawn: of(drawn),
+            top: top.into_iter().map(|(token, logit)| (token, of(logit))).collect(),
+        }
+    }
+}
+
+/// Draws a token from logits on the CPU. They are overwritten if that is not greedily, from logits as they are.
+pub(crate) fn draw(logits: &mut [f32], draw: Draw<'_>) -> Result<Sampled, NotFinite> {
+    let Draw { sampling, index, adjustments, allowed } = draw;
+    let told = sampling.logprobs.map(|top| (logits.to_vec(), top));
+    if adjustments.is_some() || allowed.is_some() {
+        let penalties = adjustments.map_or(Penalties::NONE, Adjustments::penalties);
+        adjust(logits, penalties, adjustments.map_or(&[], Adjustments::tokens), allowed);
+    }
+    let token = sample(logits, sampling, index)?;
+    let logprobs = told.map(|(logits, top)| {
+        let top = most_probable(&logits, top as usize);
+        RawLogprobs::of(&Normalizer::of(&logits), logits[token as usize], top)
+    });
+    Ok(Sampled { token, logprobs })
 }
 
 /// What a caller needs to know of an engine's model.
@@ -237,6 +294,14 @@ pub enum EngineError {
         slot: u32,
         /// Which position.
         position: u32,
+    },
+    /// A token was drawn that the output's format does not have.
+    #[error("slot {slot}: {error}")]
+    OutOfFormat {
+        /// Which slot.
+        slot: u32,
+        /// What happened.
+        error: GrammarError,
     },
     /// The runtime failed within a step.
     #[error("ONNX Runtime failed: {0}")]

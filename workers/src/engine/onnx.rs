@@ -8,7 +8,7 @@ use super::{
     graph::{self, Form, Precision},
     library::{self, LibraryError},
 };
-use forebay_kernels::{NotFinite, Region, RegionError, sample};
+use forebay_kernels::{NotFinite, Region, RegionError};
 use forebay_schemas::{
     ids::fnv1a,
     kv::{KvDtype, KvGeometry, KvLayout, LayoutHash},
@@ -144,8 +144,8 @@ impl OnnxEngine {
         })
     }
 
-    /// Logits of the last step, `[rows, vocab]`: of the last token of a prefill, or of each row of a decode. Those
-    /// of rows that were drawn with a temperature are overwritten.
+    /// Logits of the last step, `[rows, vocab]`: of the last token of a prefill, or of each row of a decode, as
+    /// [`Engine::row_logits`] says.
     pub fn logits(&self) -> &[f32] {
         self.logits.data()
     }
@@ -159,10 +159,7 @@ impl OnnxEngine {
     ) -> Result<Sampled, EngineError> {
         let vocab = self.card.vocab as usize;
         let logits = &mut self.logits.data_mut()[row * vocab..][..vocab];
-        match sample(logits, draw.sampling, draw.index) {
-            Ok(token) => Ok(Sampled::new(token)),
-            Err(NotFinite) => Err(EngineError::NotFinite { slot, position }),
-        }
+        super::draw(logits, draw).map_err(|NotFinite| EngineError::NotFinite { slot, position })
     }
 }
 

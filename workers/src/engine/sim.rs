@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn damaged_kv_is_refused() {
         let mut engine = engine();
-        let draw = Draw { sampling: &Sampling::GREEDY, index: 0 };
+        let draw = Draw::greedy(0);
         engine.prefill(1, 0, &[1, 2, 3], None).unwrap();
         let [key, _] = engine.at(1, 2);
         engine.kv().write(key, &[0xee]);
@@ -258,7 +258,7 @@ mod tests {
             let sampling = Sampling { seed, ..Sampling::GREEDY };
             for index in 0..3 {
                 for prompt in [[1, 2], [2, 1]] {
-                    let draw = Draw { sampling: &sampling, index };
+                    let draw = Draw::new(&sampling, index);
                     let token = engine.prefill(0, 0, &prompt, Some(draw)).unwrap().unwrap().token;
                     assert!((100..200).contains(&token));
                     seen.insert(token);

@@ -3,7 +3,6 @@
 // Each test binary uses a part of this.
 #![allow(dead_code)]
 
-use forebay_schemas::sampling::Sampling;
 use forebay_workers::engine::{
     Draw, Engine, Row,
     graph::Precision,
@@ -55,7 +54,7 @@ pub(crate) fn open(case: &str, precision: Precision) -> OnnxEngine {
 }
 
 pub(crate) fn greedy(index: u32) -> Draw<'static> {
-    Draw { sampling: &Sampling::GREEDY, index }
+    Draw::greedy(index)
 }
 
 /// `count` tokens after a prompt, in one slot, nothing else running.
