@@ -52,8 +52,10 @@ impl Key {
 
 /// A digest of what is asked: the same for the same request, however its JSON was written.
 pub(crate) fn fingerprint(endpoint: &str, request: &impl Serialize) -> String {
-    let request = serde_json::to_vec(request).expect("plain data always encodes into memory");
-    let digest = Sha256::new_with_prefix(endpoint).chain_update([0]).chain_update(request).finalize();
+    let mut request = serde_json::to_value(request).expect("plain data always encodes into memory");
+    request.sort_all_objects();
+    let digest =
+        Sha256::new_with_prefix(endpoint).chain_update([0]).chain_update(request.to_string()).finalize();
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

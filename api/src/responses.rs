@@ -25,6 +25,7 @@ use forebay_schemas::{
     openai::{ChatRequest, Message, ResponsesRequest, Speaker},
 };
 use forebay_streams::environment;
+use serde_json::{Value, json};
 use std::{sync::Arc, time::Instant};
 
 use conversation::Said;
@@ -60,6 +61,7 @@ async fn respond(gateway: &Arc<Shared>, id: &mut RequestId, http: Request) -> Re
         key: key.map(|key| (key, identity::fingerprint(ENDPOINT, &request))),
         echo: Echo {
             background,
+            format: request.text.and_then(|mut text| text.remove("format")),
             instructions: request.instructions,
             max_output_tokens: request.max_output_tokens,
             metadata: request.metadata,
@@ -70,7 +72,8 @@ async fn respond(gateway: &Arc<Shared>, id: &mut RequestId, http: Request) -> Re
         .to_map(),
     };
     let begun = asking::begin(gateway, id, asked, began).await;
-    let mut running = begun.map_err(|error| error.renamed("messages", "input"))?;
+    let mut running =
+        begun.map_err(|error| error.renamed("messages", "input").renamed("response_format", "text"))?;
     if request.stream == Some(true) {
         return Ok(stored::stream(running, None));
     }
@@ -117,6 +120,15 @@ fn chat(request: &ResponsesRequest, conversation: &[Said]) -> ChatRequest {
         ignore_eos: request.ignore_eos,
         cache_salt: request.cache_salt.clone(),
         chat_template_kwargs: request.chat_template_kwargs.clone(),
+        response_format: request.text.as_ref().and_then(|text| text.get("format")).map(nested),
         ..ChatRequest::default()
+    }
+}
+
+/// A format as chats have it: what makes a schema is in a field of its own there.
+fn nested(format: &Value) -> Value {
+    match format["type"].as_str() {
+        Some("json_schema") => json!({ "type": "json_schema", "json_schema": format }),
+        _ => format.clone(),
     }
 }

@@ -16,6 +16,7 @@ use forebay_schemas::{
     event::{Body, FailureCode, RequestAccepted, RequestCompleted, RequestFailed},
     ids::{ModelKey, RequestId},
     lifecycle::Lifecycle,
+    sampling::Logprobs,
     task::DecodeTask,
 };
 use forebay_streams::{
@@ -86,7 +87,8 @@ pub(crate) enum Step {
 
 /// What an event means to the client.
 pub(crate) enum News<'a> {
-    Text(&'a str),
+    /// More text, and how probable its tokens are, if that was asked for.
+    Text(&'a str, &'a [Logprobs]),
     Completed(&'a RequestCompleted),
     Ended(ApiError),
 }
@@ -202,7 +204,7 @@ impl Running {
             match events.last().and_then(|last| News::of(&last.event.body)) {
                 Some(News::Completed(_)) => return Ok(()),
                 Some(News::Ended(error)) => return Err(error),
-                Some(News::Text(_)) | None => {}
+                Some(News::Text(..)) | None => {}
             }
         }
     }
@@ -275,8 +277,8 @@ impl News<'_> {
     /// What an event means to the client, if anything.
     pub(crate) fn of(body: &Body) -> Option<News<'_>> {
         match body {
-            Body::PrefillCompleted(prefill) => Some(News::Text(&prefill.text)),
-            Body::TokensGenerated(generated) => Some(News::Text(&generated.text)),
+            Body::PrefillCompleted(prefill) => Some(News::Text(&prefill.text, prefill.logprobs.as_slice())),
+            Body::TokensGenerated(generated) => Some(News::Text(&generated.text, &generated.logprobs)),
             Body::RequestCompleted(completed) => Some(News::Completed(completed)),
             Body::RequestFailed(failed) => Some(News::Ended(ApiError::from(failed))),
             Body::RequestCancelled(cancelled) => Some(News::Ended(ApiError::new(

@@ -3,10 +3,17 @@
 //! argument.
 
 mod conversation;
+mod format;
+mod narrowing;
 mod unsupported;
 
 use crate::error::{ApiError, ErrorCode};
-use forebay_schemas::{card::ModelCard, event::RequestAccepted, openai::ChatRequest, sampling::Sampling};
+use forebay_schemas::{
+    card::ModelCard,
+    event::RequestAccepted,
+    openai::ChatRequest,
+    sampling::{OutputFormat, Sampling},
+};
 use std::time::Duration;
 
 pub(crate) use conversation::{Turn, conversation};
@@ -26,6 +33,7 @@ pub(crate) struct Params {
     stop: Vec<String>,
     ignore_eos: bool,
     cache_salt: Option<String>,
+    format: Option<OutputFormat>,
 }
 
 /// Checks all fields of a request but the conversation.
@@ -59,11 +67,17 @@ pub(crate) fn params(request: &ChatRequest, card: &ModelCard, drawn_seed: u64) -
             top_k,
             seed: request.seed.map_or(drawn_seed, |seed| seed as u64),
             min_p,
+            repetition_penalty: narrowing::repetition_penalty(request, card)?,
+            frequency_penalty: narrowing::penalty("frequency_penalty", request.frequency_penalty)?,
+            presence_penalty: narrowing::penalty("presence_penalty", request.presence_penalty)?,
+            logit_bias: narrowing::logit_bias(request, card)?,
+            logprobs: narrowing::logprobs(request)?,
         },
         max_tokens,
         stop: stop(request)?,
         ignore_eos: request.ignore_eos.unwrap_or(false),
         cache_salt: cache_salt(request)?,
+        format: format::format(request)?,
     })
 }
 
@@ -109,7 +123,7 @@ impl Params {
             stored: false,
             fingerprint: None,
             cache_salt: self.cache_salt,
-            format: None,
+            format: self.format,
             echo: None,
         })
     }

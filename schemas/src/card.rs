@@ -46,6 +46,16 @@ pub struct SamplingDefaults {
     pub top_p: f32,
     /// See [`crate::sampling::Sampling`].
     pub top_k: u32,
+    /// See [`crate::sampling::Sampling`].
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub repetition_penalty: f32,
+}
+
+impl Default for SamplingDefaults {
+    /// OpenAI's.
+    fn default() -> SamplingDefaults {
+        SamplingDefaults { temperature: 1.0, top_p: 1.0, top_k: 0, repetition_penalty: 1.0 }
+    }
 }
 
 /// A reference to bytes in the blob store.
@@ -123,6 +133,14 @@ impl WorkerLease {
             own_queue: false,
         }
     }
+}
+
+fn one() -> f32 {
+    1.0
+}
+
+fn is_one(number: &f32) -> bool {
+    *number == 1.0
 }
 
 /// By reference: what serde asks for.

@@ -280,7 +280,12 @@ fn frozen_registry_entries_decode_and_encode() {
         tokenizer: BlobRef { name: "5c".repeat(32), bytes: 11_422_654 },
         chat_template: Some("{% for message in messages %}{{ message.content }}{% endfor %}".into()),
         special_tokens: vec![("eos_token".into(), "<|im_end|>".into())],
-        defaults: SamplingDefaults { temperature: 0.6, top_p: 0.95, top_k: 20 },
+        defaults: SamplingDefaults {
+            temperature: 0.6,
+            top_p: 0.95,
+            top_k: 20,
+            ..SamplingDefaults::default()
+        },
         layout_hash: LayoutHash(0x0123_4567_89ab_cdef),
         weights: "int4/32".into(),
     };

@@ -1,12 +1,16 @@
 """Everything that the gateway promises to OpenAI's own client, checked with it: BASE_URL is the argument."""
 
 import asyncio
+import json
+import math
 import sys
 import time
+import typing
 
 import openai
+import pydantic
 
-from report import MODEL, TIMEOUT_S, client, report, report_whole, user
+from report import DEMO, MODEL, TIMEOUT_S, client, report, report_whole, user
 from skills import FAQ
 
 QUESTION = "What is a forebay?"
@@ -120,6 +124,81 @@ def temperature_and_top_p(ai):
     assert text_of(ask(ai, temperature=1.5, **fields)) == greedy
 
 
+def logprobs(ai):
+    plain = text_of(ask(ai))
+    answer = ask(ai, logprobs=True, top_logprobs=3)
+    assert text_of(answer) == plain, "what is told changes the answer"
+    content = answer.choices[0].logprobs.content
+    # The token that ends the answer is no part of it.
+    assert len(content) == answer.usage.completion_tokens - 1
+    assert bytes(byte for one in content for byte in one.bytes).decode() == plain
+    for one in content:
+        assert len(one.top_logprobs) == 3 and one.logprob <= 0
+        assert [top.logprob for top in one.top_logprobs] == sorted((top.logprob for top in one.top_logprobs), reverse=True)
+        # Greedily, the most probable one is taken.
+        assert (one.token, one.logprob) == (one.top_logprobs[0].token, one.top_logprobs[0].logprob)
+        assert sum(math.exp(top.logprob) for top in one.top_logprobs) < 1.0001
+    fields = {"model": MODEL, "messages": user(QUESTION), "temperature": 0, "max_tokens": 40}
+    chunks = list(ai.chat.completions.create(stream=True, logprobs=True, top_logprobs=3, **fields))
+    choices = [chunk.choices[0] for chunk in chunks]
+    streamed = [one for choice in choices if choice.logprobs for one in choice.logprobs.content]
+    report(chunks[0].id, "".join(choice.delta.content or "" for choice in choices), "stop")
+    assert [one.token for one in streamed] == [one.token for one in content]
+    assert all(abs(one.logprob - other.logprob) < 1e-3 for one, other in zip(streamed, content))
+    assert ask(ai, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+
+
+def token_id(text: str) -> str:
+    """Of a token of printable ASCII: the tokenizer writes a space as another character."""
+    return str(json.loads((DEMO / "tokenizer.json").read_text())["model"]["vocab"][text.replace(" ", "\u0120")])
+
+
+def penalties_and_bias(ai):
+    fields = {"max_tokens": 120, "extra_body": {"ignore_eos": True}}
+
+    def repeats(**more):
+        words = text_of(ask(ai, **fields, **more)).split()
+        return len(words) - len(set(words))
+
+    plain = repeats()
+    assert plain > 10, "the model does not repeat itself, and nothing can be seen"
+    for penalty in ("frequency_penalty", "presence_penalty"):
+        assert repeats(**{penalty: 2}) < plain / 2, (penalty, plain, repeats(**{penalty: 2}))
+    fields["extra_body"] = {"ignore_eos": True, "repetition_penalty": 1.8}
+    assert repeats() < plain / 2, ("repetition_penalty", plain, repeats())
+
+    first = ask(ai, logprobs=True, max_tokens=1)
+    token = first.choices[0].logprobs.content[0].token
+    assert text_of(ask(ai, max_tokens=1, logit_bias={token_id(token): -100})) != text_of(first)
+    only = text_of(ask(ai, max_tokens=3, logit_bias={token_id("e"): 100}, extra_body={"ignore_eos": True}))
+    assert only == "eee", only
+
+
+def formats(ai):
+    for temperature in (0, 1.5):
+        answer = ask(ai, response_format={"type": "json_object"}, temperature=temperature, seed=1, max_tokens=400)
+        if answer.choices[0].finish_reason == "stop":
+            assert isinstance(json.loads(text_of(answer)), dict), text_of(answer)
+
+    class Basin(pydantic.BaseModel):
+        kind: typing.Literal["river", "lake"]
+        depth_m: typing.Annotated[int, pydantic.Field(ge=0, le=99)]
+        full: bool
+
+    for seed in range(3):
+        fields = {"model": MODEL, "messages": user(QUESTION), "temperature": 1.5, "seed": seed}
+        answer = ai.chat.completions.parse(response_format=Basin, **fields)
+        report_whole(answer)
+        assert 0 <= answer.choices[0].message.parsed.depth_m < 100
+        # Streamed, it is the same.
+        with ai.chat.completions.stream(response_format=Basin, **fields) as events:
+            final = events.get_final_completion()
+        report_whole(final)
+        assert final.choices[0].message.parsed == answer.choices[0].message.parsed
+    response = ai.responses.parse(model=MODEL, input=QUESTION, text_format=Basin, temperature=1.5, store=False)
+    assert isinstance(response.output_parsed, Basin), response
+
+
 def stop_strings(ai):
     full = text_of(ask(ai))
     middle = len(full) // 2
@@ -196,8 +275,11 @@ def errors(ai):
     fails(bad, "invalid_value", lambda: ask(ai, stop=["a", "b", "c", "d", "e"]), "stop")
     fails(bad, "invalid_type", lambda: ask(ai, temperature="warm"), "temperature")
     fails(bad, "unsupported_parameter", lambda: ask(ai, n=2), "n")
-    fails(bad, "unsupported_parameter", lambda: ask(ai, logprobs=True), "logprobs")
-    fails(bad, "unsupported_parameter", lambda: ask(ai, response_format={"type": "json_object"}), "response_format")
+    fails(bad, "invalid_value", lambda: ask(ai, presence_penalty=3), "presence_penalty")
+    fails(bad, "invalid_value", lambda: ask(ai, logit_bias={"99999999": 1}), "logit_bias")
+    fails(bad, "invalid_value", lambda: ask(ai, top_logprobs=3), "top_logprobs")
+    unknown = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "cloud"}}}
+    fails(bad, "invalid_value", lambda: ask(ai, response_format=unknown), "response_format")
     # A request that was refused costs nothing, and a stream is refused before it begins.
     fails(openai.NotFoundError, "model_not_found", lambda: ask(ai, model="gpt-none", stream=True))
     fails(openai.NotFoundError, "not_found", lambda: ai.embeddings.create(model=MODEL, input="a"))
@@ -212,6 +294,9 @@ CASES = [
     stream_helper,
     seeds,
     temperature_and_top_p,
+    logprobs,
+    penalties_and_bias,
+    formats,
     stop_strings,
     models,
     together,

@@ -6,7 +6,8 @@ import sys
 
 import openai
 
-sys.path.append(str(pathlib.Path(__file__).parents[2] / "models" / "demo"))
+DEMO = pathlib.Path(__file__).parents[2] / "models" / "demo"
+sys.path.append(str(DEMO))
 
 MODEL = "demo"
 TIMEOUT_S = 120

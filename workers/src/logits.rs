@@ -6,7 +6,7 @@ use crate::{
     vocabulary::{Grammar, GrammarError, Vocabulary},
 };
 use forebay_kernels::Adjustments;
-use forebay_schemas::{lifecycle::Lifecycle, sampling::Sampling};
+use forebay_schemas::{event::RequestAccepted, lifecycle::Lifecycle, sampling::Sampling};
 use forebay_streams::environment::off_thread;
 use std::sync::Arc;
 
@@ -18,19 +18,30 @@ pub struct LogitsProcessors {
 }
 
 impl LogitsProcessors {
+    /// Of a request of which this much was generated. Takes its time if it asks for a format: see [`Vocabulary::grammar`].
+    pub fn new(
+        accepted: &RequestAccepted,
+        output: &[u32],
+        vocabulary: &Vocabulary,
+    ) -> Result<LogitsProcessors, GrammarError> {
+        let grammar = accepted.format.as_ref().map(|format| vocabulary.grammar(format, output)).transpose()?;
+        Ok(LogitsProcessors {
+            adjustments: Adjustments::new(&accepted.sampling, &accepted.prompt, output),
+            grammar: grammar.map(Box::new),
+        })
+    }
+
     /// Of a request as its log tells it.
-    pub async fn resume(
+    pub(crate) async fn resume(
         state: &Lifecycle,
         vocabulary: &Arc<Vocabulary>,
     ) -> Result<LogitsProcessors, GrammarError> {
         let accepted = &state.accepted;
-        let adjustments = Adjustments::new(&accepted.sampling, &accepted.prompt, &state.tokens);
-        let Some(format) = accepted.format.clone() else {
-            return Ok(LogitsProcessors { adjustments, grammar: None });
-        };
-        let (vocabulary, tokens) = (vocabulary.clone(), state.tokens.clone());
-        let grammar = off_thread(move || vocabulary.grammar(&format, &tokens)).await?;
-        Ok(LogitsProcessors { adjustments, grammar: Some(Box::new(grammar)) })
+        if accepted.format.is_none() {
+            return LogitsProcessors::new(accepted, &state.tokens, vocabulary);
+        }
+        let (accepted, tokens, vocabulary) = (accepted.clone(), state.tokens.clone(), vocabulary.clone());
+        off_thread(move || LogitsProcessors::new(&accepted, &tokens, &vocabulary)).await
     }
 
     /// How the token with that index is drawn.

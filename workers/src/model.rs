@@ -126,5 +126,6 @@ fn sampling_defaults(generation: &Value) -> SamplingDefaults {
         temperature: if greedy { 0.0 } else { number("temperature", 1.0) },
         top_p: number("top_p", 1.0),
         top_k: generation["top_k"].as_u64().unwrap_or(0) as u32,
+        repetition_penalty: number("repetition_penalty", 1.0),
     }
 }

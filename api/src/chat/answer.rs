@@ -2,7 +2,7 @@
 
 use forebay_schemas::{
     lifecycle::Lifecycle,
-    openai::{AssistantMessage, ChatCompletion, Choice},
+    openai::{AssistantMessage, ChatCompletion, Choice, ChoiceLogprobs},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -41,13 +41,15 @@ pub(super) fn completion(state: &Lifecycle) -> ChatCompletion {
     let echo = Echo::of(state);
     let message =
         AssistantMessage { role: "assistant".into(), content: Some(state.text.clone()), refusal: None };
+    let told = state.accepted.sampling.logprobs.is_some();
+    let logprobs = told.then(|| ChoiceLogprobs::of(&state.logprobs));
     ChatCompletion {
         id: format!("chatcmpl-{}", state.request),
         object: "chat.completion".into(),
         created: state.accepted_us / 1_000_000,
         model: state.accepted.model.clone(),
         system_fingerprint: echo.system_fingerprint,
-        choices: vec![Choice { index: 0, message, logprobs: None, finish_reason: state.finish }],
+        choices: vec![Choice { index: 0, message, logprobs, finish_reason: state.finish }],
         usage: state.usage().into(),
         metadata: echo.metadata,
     }

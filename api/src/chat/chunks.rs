@@ -15,7 +15,8 @@ use bytes::{BufMut, BytesMut};
 use forebay_schemas::{
     event::{FinishReason, RequestCompleted, Usage},
     lifecycle::Lifecycle,
-    openai::{ErrorEnvelope, TokenUsage},
+    openai::{ChoiceLogprobs, ErrorEnvelope, TokenUsage},
+    sampling::Logprobs,
 };
 use forebay_streams::log::Recorded;
 use serde::Serialize;
@@ -42,7 +43,7 @@ impl Teller for Chunks {
     fn tell(&mut self, frame: &mut BytesMut, recorded: &Recorded, _: &Lifecycle) {
         match News::of(&recorded.event.body) {
             None => {}
-            Some(News::Text(text)) => self.text(frame, recorded.seq, text),
+            Some(News::Text(text, logprobs)) => self.text(frame, recorded.seq, text, logprobs),
             Some(News::Completed(completed)) => self.finish(frame, recorded.seq, completed),
             Some(News::Ended(error)) if self.is_new(recorded.seq, 0) => {
                 self.id(frame, recorded.seq, None);
@@ -71,13 +72,13 @@ impl Chunks {
         Chunks { id: format!("id: {}/", state.request), head, usage, begun: false, after }
     }
 
-    /// One chunk with text; the first one also says who speaks. No text, no chunk.
-    fn text(&mut self, frame: &mut BytesMut, seq: u64, text: &str) {
-        if text.is_empty() {
+    /// One chunk with text; the first one also says who speaks. Nothing to say, no chunk.
+    fn text(&mut self, frame: &mut BytesMut, seq: u64, text: &str, logprobs: &[Logprobs]) {
+        if text.is_empty() && logprobs.is_empty() {
             return;
         }
         if self.is_new(seq, 0) {
-            self.content(frame, seq, None, text);
+            self.content(frame, seq, None, text, logprobs);
         }
         self.begun = true;
     }
@@ -87,7 +88,7 @@ impl Chunks {
         let mut part = 0;
         if !self.begun {
             if self.is_new(seq, part) {
-                self.content(frame, seq, Some(part), "");
+                self.content(frame, seq, Some(part), "", &[]);
             }
             part += 1;
         }
@@ -128,7 +129,7 @@ impl Chunks {
         frame.put_slice(b"\n\n");
     }
 
-    fn content(&self, frame: &mut BytesMut, seq: u64, part: Option<u64>, text: &str) {
+    fn content(&self, frame: &mut BytesMut, seq: u64, part: Option<u64>, text: &str, logprobs: &[Logprobs]) {
         self.id(frame, seq, part);
         frame.put_slice(self.head.as_bytes());
         let role = if self.begun { "" } else { r#""role":"assistant","# };
@@ -136,7 +137,9 @@ impl Chunks {
         frame.put_slice(role.as_bytes());
         frame.put_slice(br#""content":"#);
         put_json(frame, &text);
-        frame.put_slice(br#"},"logprobs":null,"finish_reason":null"#);
+        frame.put_slice(br#"},"logprobs":"#);
+        put_json(frame, &(!logprobs.is_empty()).then(|| ChoiceLogprobs::of(logprobs)));
+        frame.put_slice(br#","finish_reason":null"#);
         self.close(frame);
     }
 

@@ -73,7 +73,7 @@ impl Teller for Events {
                 self.put(frame, "response.in_progress", json!({ "response": response }));
             }
             body => match News::of(body) {
-                Some(News::Text(text)) if !text.is_empty() => {
+                Some(News::Text(text, _)) if !text.is_empty() => {
                     self.begin(frame);
                     self.put_text(frame, "response.output_text.delta", More { delta: text, logprobs: [] });
                 }
@@ -82,7 +82,7 @@ impl Teller for Events {
                 Some(News::Ended(_)) => {
                     self.put(frame, "response.failed", json!({ "response": object(state) }));
                 }
-                Some(News::Text(_)) | None => {}
+                Some(News::Text(..)) | None => {}
             },
         }
     }

@@ -17,6 +17,8 @@ pub(super) struct Echo {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(super) background: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) format: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) instructions: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) max_output_tokens: Option<u32>,
@@ -85,7 +87,7 @@ pub(super) fn without_output(state: &Lifecycle, status: ResponseStatus) -> Respo
         previous_response_id: echo.previous_response_id,
         store: accepted.stored,
         temperature: accepted.sampling.temperature,
-        text: json!({ "format": { "type": "text" } }),
+        text: json!({ "format": echo.format.unwrap_or_else(|| json!({ "type": "text" })) }),
         tool_choice: "auto".into(),
         tools: vec![],
         top_p: accepted.sampling.top_p,

@@ -17,7 +17,7 @@ fn card() -> ModelCard {
         tokenizer: BlobRef { name: "t".into(), bytes: 0 },
         chat_template: None,
         special_tokens: vec![],
-        defaults: SamplingDefaults { temperature: 0.7, top_p: 0.9, top_k: 20 },
+        defaults: SamplingDefaults { temperature: 0.7, top_p: 0.9, top_k: 20, ..SamplingDefaults::default() },
         layout_hash: LayoutHash(1),
         weights: "fp32".into(),
     }
@@ -69,6 +69,33 @@ fn what_is_said_is_taken() {
 }
 
 #[test]
+fn what_narrows_the_choice_is_taken() {
+    let schema = json!({ "type": "object", "properties": { "b": {}, "a": {} } });
+    let all = json!({
+        "presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.5, "logprobs": true,
+        "logit_bias": { "99": -100, "7": 0.5, "007": 0.5 },
+        "response_format": { "type": "json_schema", "json_schema": { "name": "n", "strict": true, "schema": schema } },
+    });
+    let accepted = accepted(all, 10).unwrap();
+    let Sampling { presence_penalty, frequency_penalty, repetition_penalty, logit_bias, logprobs, .. } =
+        accepted.sampling;
+    assert_eq!((presence_penalty, frequency_penalty, repetition_penalty), (-2.0, 2.0, 1.5));
+    assert_eq!((logit_bias, logprobs), (vec![(7, 0.5), (99, -100.0)], Some(0)));
+    let Some(OutputFormat::JsonSchema { schema }) = accepted.format else { panic!("a schema") };
+    // Answers have their properties in this order.
+    let names: Vec<&String> = schema["properties"].as_object().unwrap().keys().collect();
+    assert_eq!(names, ["b", "a"]);
+
+    let format = |of: Value| super::format::format(&request(json!({ "response_format": of })));
+    assert_eq!(format(json!({ "type": "json_object" })).unwrap(), Some(OutputFormat::JsonObject));
+    assert_eq!(format(json!({ "type": "text" })).unwrap(), None);
+    assert_eq!(
+        error(json!({ "ignore_eos": true, "response_format": { "type": "json_object" } })),
+        (ErrorCode::InvalidValue, Some("ignore_eos".into()))
+    );
+}
+
+#[test]
 fn what_does_not_fit_the_context_is_refused_with_both_numbers() {
     assert_eq!(accepted(json!({ "max_tokens": 54 }), 10).unwrap().max_tokens, 54);
     for (most, prompt) in [(json!({ "max_tokens": 55 }), 10), (json!({}), 64), (json!({}), 100)] {
@@ -93,6 +120,24 @@ fn values_out_of_range_are_named() {
         ("stop", json!(["a", "b", "c", "d", "e"])),
         ("stop", json!("")),
         ("messages", json!([])),
+        ("presence_penalty", json!(2.5)),
+        ("frequency_penalty", json!(-2.5)),
+        ("repetition_penalty", json!(0)),
+        ("logit_bias", json!({ "100": 5 })),
+        ("logit_bias", json!({ "one": 5 })),
+        ("logit_bias", json!({ "1": 101 })),
+        ("logit_bias", json!({ "1": "much" })),
+        ("top_logprobs", json!(3)),
+        ("top_logprobs", json!(21)),
+        ("response_format", json!({ "type": "json_schema" })),
+        (
+            "response_format",
+            json!({ "type": "json_schema", "json_schema": { "schema": { "type": "cloud" } } }),
+        ),
+        (
+            "response_format",
+            json!({ "type": "json_schema", "json_schema": { "schema": { "enum": ["x".repeat(70_000)] } } }),
+        ),
     ] {
         assert_eq!(error(json!({ param: value })), (ErrorCode::InvalidValue, Some(param.into())), "{param}");
     }
@@ -102,19 +147,13 @@ fn values_out_of_range_are_named() {
 fn what_can_not_be_honoured_is_named() {
     for (param, value) in [
         ("n", json!(2)),
-        ("logprobs", json!(true)),
-        ("top_logprobs", json!(3)),
         ("tools", json!([{ "type": "function" }])),
         ("tool_choice", json!("auto")),
         ("functions", json!([{}])),
         ("function_call", json!("auto")),
-        ("response_format", json!({ "type": "json_object" })),
-        ("presence_penalty", json!(0.5)),
-        ("frequency_penalty", json!(-0.5)),
-        ("repetition_penalty", json!(1.1)),
+        ("response_format", json!({ "type": "grammar" })),
         ("min_tokens", json!(1)),
         ("stop_token_ids", json!([1])),
-        ("logit_bias", json!({ "1": 5 })),
         ("modalities", json!(["text", "audio"])),
         ("audio", json!({})),
         ("web_search_options", json!({})),

@@ -2,7 +2,6 @@
 
 use crate::error::{ApiError, ErrorCode};
 use forebay_schemas::openai::ChatRequest;
-use serde_json::Value;
 
 /// Fields that are not served at all, of OpenAI and of vLLM. What is neither here nor below (`user`, `metadata`, a
 /// field that nobody knows) does not change an answer.
@@ -29,8 +28,6 @@ pub(super) fn refuse(request: &ChatRequest) -> Result<(), ApiError> {
     let r = request;
     let checks = [
         ("n", r.n.is_some_and(|n| n != 1), "only 1: send the request several times"),
-        ("logprobs", r.logprobs == Some(true), "only false"),
-        ("top_logprobs", r.top_logprobs.is_some_and(|n| n > 0), "only 0"),
         ("tools", r.tools.as_ref().is_some_and(|tools| !tools.is_empty()), "only an empty list"),
         ("tool_choice", r.tool_choice.as_ref().is_some_and(|choice| choice != "none"), "only \"none\""),
         (
@@ -39,17 +36,12 @@ pub(super) fn refuse(request: &ChatRequest) -> Result<(), ApiError> {
             "only an empty list",
         ),
         ("function_call", r.function_call.as_ref().is_some_and(|call| call != "none"), "only \"none\""),
-        ("response_format", r.response_format.as_ref().is_some_and(not_text), "only {\"type\": \"text\"}"),
-        ("presence_penalty", r.presence_penalty.is_some_and(|penalty| penalty != 0.0), "only 0"),
-        ("frequency_penalty", r.frequency_penalty.is_some_and(|penalty| penalty != 0.0), "only 0"),
-        ("repetition_penalty", r.repetition_penalty.is_some_and(|penalty| penalty != 1.0), "only 1"),
         ("min_tokens", r.min_tokens.is_some_and(|n| n != 0), "only 0"),
         (
             "stop_token_ids",
             r.stop_token_ids.as_ref().is_some_and(|ids| !ids.is_empty()),
             "only an empty list; use stop",
         ),
-        ("logit_bias", r.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()), "only an empty object"),
         (
             "modalities",
             r.modalities.as_ref().is_some_and(|kinds| kinds.iter().any(|kind| kind != "text")),
@@ -72,8 +64,4 @@ pub(super) fn refuse(request: &ChatRequest) -> Result<(), ApiError> {
             format!("this value of {param} is not supported (supported: {served}); leave it out"),
         )),
     }
-}
-
-fn not_text(format: &Value) -> bool {
-    format.get("type").is_none_or(|kind| kind != "text")
 }

@@ -5,6 +5,7 @@ use forebay_schemas::{
     event::{Body, FinishReason, KvTransferred, PrefillClaimed, PrefillCompleted, PrefillQueued},
     ids::WorkerId,
     openai::ChatChunk,
+    sampling::{Logprobs, TokenLogprob},
 };
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -54,6 +55,51 @@ async fn a_whole_answer_has_openais_shape() {
             },
         })
     );
+}
+
+/// What is told of tokens, in one piece and in a stream: also of those whose text is held back.
+#[tokio::test]
+async fn logprobs_have_openais_shape() {
+    let site = Site::start().await;
+    let probable = |token, bytes: &[u8], logprob| TokenLogprob { token, bytes: bytes.to_vec(), logprob };
+    let told = [
+        Logprobs {
+            drawn: probable(7, &[0xe6, 0xbc], -0.5),
+            top: vec![probable(7, &[0xe6, 0xbc], -0.5), probable(9, b"a", -1.25)],
+        },
+        Logprobs { drawn: probable(8, &[0xa2], -0.125), top: vec![] },
+    ];
+    let entries = json!([
+        { "token": "\u{fffd}", "logprob": -0.5, "bytes": [0xe6, 0xbc], "top_logprobs": [
+            { "token": "\u{fffd}", "logprob": -0.5, "bytes": [0xe6, 0xbc] },
+            { "token": "a", "logprob": -1.25, "bytes": [97] },
+        ] },
+        { "token": "\u{fffd}", "logprob": -0.125, "bytes": [0xa2], "top_logprobs": [] },
+    ]);
+    for stream in [false, true] {
+        let asked = site.post(ask(json!({ "logprobs": true, "top_logprobs": 2, "stream": stream })));
+        let worker = async {
+            let mut attempt = site.claim().await;
+            assert_eq!(attempt.writer.state().accepted.sampling.logprobs, Some(2));
+            attempt.told("", told[0].clone()).await;
+            attempt.told("漢", told[1].clone()).await;
+            attempt.complete(FinishReason::Stop).await;
+        };
+        let (response, ()) = tokio::join!(asked, worker);
+        if !stream {
+            let body: Value = response.json().await.unwrap();
+            assert_eq!(body["choices"][0]["logprobs"], json!({ "content": entries, "refusal": null }));
+            continue;
+        }
+        let chunks: Vec<Value> =
+            Events::of(response).events().await.iter().take(3).map(|event| event.json()).collect();
+        for (number, text) in ["", "漢"].into_iter().enumerate() {
+            let choice = &chunks[number]["choices"][0];
+            assert_eq!(choice["delta"]["content"], text);
+            assert_eq!(choice["logprobs"], json!({ "content": [entries[number]], "refusal": null }));
+        }
+        assert_eq!(chunks[2]["choices"][0]["logprobs"], Value::Null);
+    }
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use forebay_schemas::{
     ids::{ModelKey, RequestId, WorkerId},
     kv::LayoutHash,
     openai::ChatChunk,
+    sampling::Logprobs,
     task::{DecodeTask, Role, Task},
 };
 use forebay_streams::{
@@ -179,14 +180,17 @@ pub(crate) struct Attempt {
 
 impl Attempt {
     pub(crate) async fn text(&mut self, text: &str) {
+        self.generated(text, Vec::new()).await;
+    }
+
+    pub(crate) async fn told(&mut self, text: &str, logprobs: Logprobs) {
+        self.generated(text, vec![logprobs]).await;
+    }
+
+    async fn generated(&mut self, text: &str, logprobs: Vec<Logprobs>) {
         let first_index = self.writer.state().tokens.len() as u32;
-        let generated = TokensGenerated {
-            first_index,
-            tokens: vec![7],
-            text: text.into(),
-            cached_tokens: 0,
-            logprobs: Vec::new(),
-        };
+        let (tokens, text) = (vec![7], text.into());
+        let generated = TokensGenerated { first_index, tokens, text, cached_tokens: 0, logprobs };
         self.writer.append(Body::TokensGenerated(generated)).await.unwrap();
     }
 
@@ -214,7 +218,7 @@ pub(crate) async fn card(streams: &Streams, name: &str) -> ModelCard {
         tokenizer: streams.catalog.put_blob(tokenizer.into()).await.unwrap(),
         chat_template: Some(TEMPLATE.into()),
         special_tokens: vec![],
-        defaults: SamplingDefaults { temperature: 1.0, top_p: 1.0, top_k: 0 },
+        defaults: SamplingDefaults::default(),
         layout_hash: LayoutHash(0xabc),
         weights: "fp32".into(),
     }

@@ -1,14 +1,14 @@
 //! Whether a GPU computes what a CPU computes.
 
 use super::{Setting, report::Report};
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use forebay_kernels::{
-    Region,
+    Adjustments, Normalizer, Penalties, Region, adjust,
     cuda::{
-        Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, Kernels, NOT_FINITE, PinBudget, PinnedRegion,
-        RowDraw, Stream,
+        Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, Kernels, PinBudget, PinnedRegion, RowDraws,
+        Stream,
     },
-    sample,
+    most_probable, sample,
 };
 use forebay_schemas::{
     kv::{KvDtype, KvGeometry, KvLayout, TokenRange},
@@ -23,8 +23,6 @@ use forebay_workers::engine::{
 };
 use std::sync::Arc;
 use tokenizers::Tokenizer;
-
-const GREEDY: Sampling = Sampling::GREEDY;
 
 /// How far logits in bf16 may be from those in fp32, as a part of their size. Eight bits of mantissa round by 0.4 %, each layer
 /// several times.
@@ -74,6 +72,7 @@ fn sampler(stream: &Stream, kernels: &Kernels) -> anyhow::Result<String> {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1 << 24) as f32
     };
+    let mut draws = RowDraws::new(stream.device(), rows, vocab)?;
     let mut drawn = 0;
     for round in 0..8u32 {
         let logits: Vec<f32> =
@@ -85,20 +84,47 @@ fn sampler(stream: &Stream, kernels: &Kernels) -> anyhow::Result<String> {
                 top_k: if row % 2 == 1 { 0 } else { (random() * 5000.0) as u32 },
                 seed: u64::from(round) * 100 + row as u64,
                 min_p: if row % 4 == 3 { random() / 20.0 } else { 0.0 },
+                repetition_penalty: if row % 3 == 2 { 0.8 + random() } else { 1.0 },
+                frequency_penalty: if row % 4 == 1 { random() * 2.0 } else { 0.0 },
+                presence_penalty: if row % 5 == 1 { random() * 2.0 } else { 0.0 },
+                logit_bias: if row == 6 { vec![(7, 30.0), (70_000, -100.0)] } else { Vec::new() },
+                logprobs: (row % 2 == 0).then_some(row as u32),
             })
             .collect();
-        let draws: Vec<RowDraw> = samplings.iter().map(|sampling| RowDraw::new(sampling, round)).collect();
-        let (on_gpu, of_rows) = (buffer(stream, &logits)?, buffer(stream, &draws)?);
-        let tokens = DeviceBuffer::new(stream.device(), rows)?;
-        stream.sample(kernels, &on_gpu, vocab as u32, &of_rows, &tokens, rows)?;
-        let found = contents(stream, &tokens)?;
-        for ((row, sampling), found) in logits.chunks(vocab).zip(&samplings).zip(found) {
-            let expected = sample(&mut row.to_vec(), sampling, round).unwrap_or(NOT_FINITE);
-            ensure!(found == expected, "token {found} and not {expected} with {sampling:?}");
+        let seen: Vec<u32> = (0..500).map(|_| (random() * vocab as f32) as u32 % vocab as u32).collect();
+        let mask: Vec<u32> = (0..vocab.div_ceil(32)).map(|_| (random() * u32::MAX as f32) as u32).collect();
+        let on_gpu = buffer(stream, &logits)?;
+        draws.begin(rows)?;
+        let changes = |row: usize| {
+            let adjustments = Adjustments::new(&samplings[row], &seen[..100], &seen[100..]);
+            (adjustments, (row % 4 == 2).then_some(&mask[..]))
+        };
+        for (row, sampling) in samplings.iter().enumerate() {
+            let (adjustments, allowed) = changes(row);
+            draws.set(row, (sampling, round), adjustments.as_ref(), allowed)?;
+        }
+        draws.queue(stream, kernels, &on_gpu)?;
+        for (number, (row, sampling)) in logits.chunks(vocab).zip(&samplings).enumerate() {
+            let (adjustments, allowed) = changes(number);
+            let mut adjusted = row.to_vec();
+            let penalties = adjustments.as_ref().map_or(Penalties::NONE, Adjustments::penalties);
+            adjust(&mut adjusted, penalties, adjustments.as_ref().map_or(&[], Adjustments::tokens), allowed);
+            let expected = sample(&mut adjusted, sampling, round).ok();
+            let found = draws.drawn(number)?;
+            let token = found.as_ref().map(|found| found.token);
+            ensure!(token == expected, "token {token:?} and not {expected:?} with {sampling:?}");
+            if let (Some(found), Some(top)) = (found, sampling.logprobs) {
+                let told = found.told.context("nothing is told of a row that asks")?;
+                let top_found: Vec<(u32, f32)> = told.top.iter().map(|of| (of.token, of.logit)).collect();
+                ensure!(
+                    told.normalizer == Normalizer::of(row) && top_found == most_probable(row, top as usize),
+                    "other probabilities than the CPU's with {sampling:?}"
+                );
+            }
             drawn += 1;
         }
     }
-    Ok(format!("{drawn} of {drawn}"))
+    Ok(format!("{drawn} of {drawn}, penalties, bias, masks and probabilities among them"))
 }
 
 fn kv(stream: &Stream, kernels: &Kernels) -> anyhow::Result<String> {

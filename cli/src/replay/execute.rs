@@ -11,10 +11,12 @@ use anyhow::{Context, bail};
 use forebay_schemas::{event::FinishReason, export::Export, lifecycle::Lifecycle};
 use forebay_workers::{
     engine::EngineCard,
+    logits::LogitsProcessors,
     model::ModelText,
     replay::{self, Comparison, Divergence},
+    vocabulary::Vocabulary,
 };
-use std::{path::PathBuf, time::Instant};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 pub(super) fn run(
     export: &Export,
@@ -34,9 +36,12 @@ pub(super) fn run(
     check_context(&state, engine.card())?;
 
     let begun = Instant::now();
-    let comparison = replay::compare(&mut *engine, &state, chunk).context("running the request again")?;
+    let eos: Arc<[u32]> = engine.card().eos.clone().into();
+    let vocabulary = Vocabulary::new(text.tokenizer.clone(), eos.clone(), engine.card().vocab);
+    let processors = LogitsProcessors::new(&state.accepted, &[], &vocabulary)?;
+    let comparison =
+        replay::compare(&mut *engine, &state, processors, chunk).context("running the request again")?;
     print(format!("compared   {} tokens in {:.1?}", comparison.tokens, begun.elapsed()))?;
-    let eos = engine.card().eos.clone().into();
     let (derived, finish) = replay::output(text.tokenizer.clone(), eos, &state);
     let differences = differences(&text, &state, &comparison, &derived, finish);
     if differences.is_empty() {

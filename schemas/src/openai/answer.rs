@@ -1,6 +1,9 @@
 //! An answer: whole, or as the chunks of a stream.
 
-use crate::event::{FinishReason, Usage};
+use crate::{
+    event::{FinishReason, Usage},
+    sampling::{Logprobs, TokenLogprob},
+};
 use serde::{Deserialize, Serialize};
 
 /// A whole answer.
@@ -43,10 +46,65 @@ pub struct Choice {
     pub index: u32,
     /// The answer.
     pub message: AssistantMessage,
-    /// Never given.
-    pub logprobs: Option<serde_json::Value>,
+    /// How probable its tokens are, if the client asked.
+    pub logprobs: Option<ChoiceLogprobs>,
     /// Why it ended.
     pub finish_reason: Option<FinishReason>,
+}
+
+/// How probable tokens are.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ChoiceLogprobs {
+    /// One entry for each token of the text.
+    pub content: Vec<ContentLogprob>,
+    /// Never given.
+    pub refusal: Option<serde_json::Value>,
+}
+
+impl ChoiceLogprobs {
+    /// As the log says it.
+    pub fn of(logprobs: &[Logprobs]) -> ChoiceLogprobs {
+        let top = |logprobs: &Logprobs| logprobs.top.iter().map(TopLogprob::of).collect();
+        let content = logprobs
+            .iter()
+            .map(|logprobs| ContentLogprob {
+                drawn: TopLogprob::of(&logprobs.drawn),
+                top_logprobs: top(logprobs),
+            })
+            .collect();
+        ChoiceLogprobs { content, refusal: None }
+    }
+}
+
+/// A token of the text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContentLogprob {
+    /// The token.
+    #[serde(flatten)]
+    pub drawn: TopLogprob,
+    /// The most probable ones at its place, most probable first.
+    pub top_logprobs: Vec<TopLogprob>,
+}
+
+/// A token, and how probable it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TopLogprob {
+    /// Its text, with U+FFFD for what is only a part of a character.
+    pub token: String,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// Its text in UTF-8.
+    pub bytes: Option<Vec<u8>>,
+}
+
+impl TopLogprob {
+    fn of(logprob: &TokenLogprob) -> TopLogprob {
+        TopLogprob {
+            token: String::from_utf8_lossy(&logprob.bytes).into_owned(),
+            logprob: logprob.logprob,
+            bytes: Some(logprob.bytes.clone()),
+        }
+    }
 }
 
 /// What the model said.
@@ -87,8 +145,8 @@ pub struct ChunkChoice {
     pub index: u32,
     /// What is new.
     pub delta: Delta,
-    /// Never given.
-    pub logprobs: Option<serde_json::Value>,
+    /// How probable the new tokens are, if the client asked.
+    pub logprobs: Option<ChoiceLogprobs>,
     /// Why it ended, in exactly one chunk.
     pub finish_reason: Option<FinishReason>,
 }

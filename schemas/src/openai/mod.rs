@@ -10,8 +10,8 @@ mod request;
 mod responses;
 
 pub use answer::{
-    AssistantMessage, ChatChunk, ChatCompletion, Choice, ChunkChoice, Deleted, Delta, PromptTokensDetails,
-    TokenUsage,
+    AssistantMessage, ChatChunk, ChatCompletion, Choice, ChoiceLogprobs, ChunkChoice, ContentLogprob,
+    Deleted, Delta, PromptTokensDetails, TokenUsage, TopLogprob,
 };
 pub use error::{ErrorBody, ErrorEnvelope};
 pub use models::{ModelEntry, ModelList};

@@ -58,13 +58,13 @@ pub struct ChatRequest {
     /// Answers to draw; only 1 is served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub n: Option<u32>,
-    /// Only 0 is served.
+    /// −2 to 2: taken off the logits of tokens that the answer has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub presence_penalty: Option<f32>,
-    /// Only 0 is served.
+    /// −2 to 2: taken off the logits of tokens once for each time that the answer has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frequency_penalty: Option<f32>,
-    /// vLLM's extension; only 1 is served.
+    /// vLLM's extension, above 0 and up to 2: divides the logits of tokens that the prompt or the answer has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repetition_penalty: Option<f32>,
     /// vLLM's extension; only 0 is served.
@@ -79,16 +79,16 @@ pub struct ChatRequest {
     /// Everything else.
     #[serde(flatten)]
     pub others: Map<String, Value>,
-    /// Only `false` is served.
+    /// Whether it is told how probable each token is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<bool>,
-    /// Only 0 is served.
+    /// So many of the most probable tokens are told at each place, up to 20. Needs `logprobs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_logprobs: Option<u32>,
-    /// Only an empty object is served.
+    /// Added to the logits of tokens, by id: −100 to 100.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logit_bias: Option<Map<String, Value>>,
-    /// Only `{"type": "text"}` is served.
+    /// What the answer must be: `text`, `json_object` or `json_schema`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub response_format: Option<Value>,
     /// Only an empty list is served.

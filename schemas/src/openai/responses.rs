@@ -66,7 +66,7 @@ pub struct ResponsesRequest {
     /// Only `"none"` and `"auto"` are served: without tools they are the same.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tool_choice: Option<Value>,
-    /// Only `{"format": {"type": "text"}}` is served.
+    /// `format`: what the answer must be, as `response_format` of chats, with the fields of `json_schema` beside its `type`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<Map<String, Value>>,
     /// Only `"disabled"` is served.

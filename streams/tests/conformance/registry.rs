@@ -19,7 +19,7 @@ pub(crate) async fn models_outlive_and_leases_lapse(streams: Streams) {
         tokenizer: streams.catalog.put_blob("tokenizer".into()).await.unwrap(),
         chat_template: None,
         special_tokens: vec![],
-        defaults: SamplingDefaults { temperature: 1.0, top_p: 1.0, top_k: 0 },
+        defaults: SamplingDefaults::default(),
         layout_hash: LayoutHash(7),
         weights: "fp32".into(),
     };
