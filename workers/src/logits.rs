@@ -24,7 +24,8 @@ impl LogitsProcessors {
         output: &[u32],
         vocabulary: &Vocabulary,
     ) -> Result<LogitsProcessors, GrammarError> {
-        let grammar = accepted.format.as_ref().map(|format| vocabulary.grammar(format, output)).transpose()?;
+        let grammar =
+            accepted.format.as_ref().map(|format| vocabulary.grammar(format, output)).transpose()?;
         Ok(LogitsProcessors {
             adjustments: Adjustments::new(&accepted.sampling, &accepted.prompt, output),
             grammar: grammar.map(Box::new),

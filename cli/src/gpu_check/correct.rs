@@ -289,12 +289,3 @@ fn buffer<T: forebay_kernels::cuda::Plain>(stream: &Stream, data: &[T]) -> anyho
     stream.copy_in(&mut host, data.len(), &buffer, 0)?;
     Ok(buffer)
 }
-
-fn contents<T: forebay_kernels::cuda::Plain>(
-    stream: &Stream,
-    buffer: &DeviceBuffer<T>,
-) -> anyhow::Result<Vec<T>> {
-    let mut host = HostBuffer::new(stream.device(), buffer.len())?;
-    stream.copy_out(buffer, buffer.len(), &mut host)?;
-    Ok(host.data()?.to_vec())
-}

@@ -6,10 +6,7 @@ use forebay_kernels::{
     Region,
     cuda::{Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, PinBudget, PinnedRegion},
 };
-use forebay_schemas::{
-    kv::{KvDtype, KvGeometry, KvLayout, TokenRange},
-    sampling::Sampling,
-};
+use forebay_schemas::kv::{KvDtype, KvGeometry, KvLayout, TokenRange};
 use forebay_workers::engine::{
     Draw, Engine, KvMover, Row,
     checkpoint::{Checkpoint, ModelConfig},

@@ -79,6 +79,7 @@ pub(crate) fn token(index: u32) -> Body {
         tokens: vec![index],
         text: format!("{index} "),
         cached_tokens: 0,
+        logprobs: Vec::new(),
     })
 }
 
