@@ -3,11 +3,12 @@
 use anyhow::Context;
 use std::path::{Path, PathBuf};
 
-const FILES: [(&str, &[u8]); 5] = [
+const FILES: [(&str, &[u8]); 6] = [
     ("config.json", include_bytes!("../../models/demo/config.json")),
     ("generation_config.json", include_bytes!("../../models/demo/generation_config.json")),
     ("tokenizer.json", include_bytes!("../../models/demo/tokenizer.json")),
     ("tokenizer_config.json", include_bytes!("../../models/demo/tokenizer_config.json")),
+    ("kv_ranges.safetensors", include_bytes!("../../models/demo/kv_ranges.safetensors")),
     ("model.safetensors", include_bytes!("../../models/demo/model.safetensors")),
 ];
 

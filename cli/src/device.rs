@@ -5,13 +5,17 @@ use anyhow::bail;
 use clap::Args;
 use forebay_kernels::cuda;
 use forebay_workers::engine::{
-    Engine,
+    Engine, KvType,
     checkpoint::Checkpoint,
     cuda::{CudaEngine, CudaOptions, Provider},
     graph::Precision,
     library,
 };
-use std::{fmt, path::Path, str::FromStr};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 /// What computes, and how its memory is used.
 #[derive(Args, Clone, Debug)]
@@ -19,9 +23,13 @@ pub(crate) struct DeviceArgs {
     /// What computes: `cpu`, a GPU by its number, such as `cuda:0`, or `auto`: the first GPU, or the CPU where there is none.
     #[arg(long, env = "FOREBAY_DEVICE", default_value = "auto", value_name = "DEVICE")]
     device: Choice,
-    /// KV in a GPU's memory: auto (as what is computed with, bf16 or fp16), or fp8: half as large, and less exact.
-    #[arg(long, env = "FOREBAY_KV_TYPE", default_value = "auto", value_parser = ["auto", "fp8"], value_name = "TYPE")]
+    /// How keys and values are held: auto (as what is computed with: fp32 on a CPU, bf16 or fp16 on a GPU), int8 (a byte, once `forebay
+    /// calibrate` has measured the model), or on a GPU fp8 (a byte, and less exact).
+    #[arg(long, env = "FOREBAY_KV_TYPE", default_value = "auto", value_parser = ["auto", "int8", "fp8"], value_name = "TYPE")]
     kv_type: String,
+    /// What `forebay calibrate` has written, if not kv_ranges.safetensors in the model's folder.
+    #[arg(long, env = "FOREBAY_KV_RANGES", value_name = "FILE")]
+    pub(crate) kv_ranges: Option<PathBuf>,
     /// How much of the memory that a GPU has left once the model is loaded may hold KV, from 0 to 1. Default: 0.9; workers of `up`
     /// share that.
     #[arg(long, env = "FOREBAY_GPU_MEMORY", value_name = "PART")]
@@ -36,6 +44,17 @@ pub(crate) struct DeviceArgs {
     /// Have the CPU run the graph over the memory of a stand-in for a GPU: for tests without one.
     #[arg(long, env = "FOREBAY_BENCH_STAND_IN", hide = true)]
     bench_stand_in: bool,
+}
+
+impl DeviceArgs {
+    /// How keys and values are held.
+    pub(crate) fn kv(&self) -> KvType {
+        match self.kv_type.as_str() {
+            "int8" => KvType::Int8,
+            "fp8" => KvType::Fp8,
+            _ => KvType::Auto,
+        }
+    }
 }
 
 /// How much of a GPU's memory holds KV, unless something else is said.
@@ -147,7 +166,8 @@ impl EngineArgs {
         let options = CudaOptions {
             device,
             precision,
-            fp8_kv: self.device.kv_type == "fp8",
+            kv: self.device.kv(),
+            kv_ranges: self.device.kv_ranges.clone(),
             slots,
             positions: (self.context + 1).min(checkpoint.config().positions_max as u32 + 1),
             chunk_tokens,

@@ -2,6 +2,7 @@
 
 mod ask;
 mod bench;
+mod calibrate;
 mod cancel;
 mod config;
 mod demo;
@@ -72,6 +73,8 @@ enum Command {
     Config(settings::ConfigArgs),
     /// Check this machine, the NATS server and a model, and say what to do about problems.
     Doctor(doctor::DoctorArgs),
+    /// Measure how large a model's keys and values get, which workers need for --kv-type int8.
+    Calibrate(calibrate::CalibrateArgs),
     /// Check that a GPU computes what a CPU computes, and measure it.
     GpuCheck(gpu_check::GpuCheckArgs),
     /// Measure: the control plane, the engine, KV reads, or any OpenAI-compatible server.
@@ -112,6 +115,7 @@ fn run(command: Command, settings: Vec<(String, String)>) -> anyhow::Result<()> 
         Command::Dlq(args) => dlq::run(&args),
         Command::Config(args) => settings::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::GpuCheck(args) => gpu_check::run(args),
         Command::Bench(args) => bench::run(args),
     }

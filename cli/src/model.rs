@@ -93,21 +93,26 @@ pub(crate) struct FoundModel {
 impl ModelArgs {
     /// Finds the model's files, fetching or unpacking them if need be; `data` is where the demo is unpacked to.
     pub(crate) fn find(&self, data: &Path) -> anyhow::Result<FoundModel> {
-        let (folder, name) = match &self.model {
-            None => (crate::demo::unpack(&data.join("models"))?, "demo".to_owned()),
-            Some(model) if Path::new(model).is_dir() => {
-                let folder = std::fs::canonicalize(model)?;
-                let name =
-                    folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
-                (folder, name)
-            }
-            Some(model) if looks_like_path(model) => {
-                bail!("no folder {model}: --model takes a folder or a hub id")
-            }
-            Some(model) => (fetch(model)?, model.clone()),
-        };
+        let FoundModel { folder, name } = find_model(self.model.as_deref(), data)?;
         Ok(FoundModel { folder, name: self.name.clone().unwrap_or(name) })
     }
+}
+
+/// Finds a model's files by its folder or its id on the hub; the built-in one's without either.
+pub(crate) fn find_model(model: Option<&str>, data: &Path) -> anyhow::Result<FoundModel> {
+    let (folder, name) = match model {
+        None => (crate::demo::unpack(&data.join("models"))?, "demo".to_owned()),
+        Some(model) if Path::new(model).is_dir() => {
+            let folder = std::fs::canonicalize(model)?;
+            let name = folder.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+            (folder, name)
+        }
+        Some(model) if looks_like_path(model) => {
+            bail!("no folder {model}: a model is a folder or a hub id")
+        }
+        Some(model) => (fetch(model)?, model.to_owned()),
+    };
+    Ok(FoundModel { folder, name })
 }
 
 impl EngineArgs {
@@ -140,6 +145,8 @@ impl EngineArgs {
         let longest = checkpoint.config().positions_max as u32;
         let options = OnnxOptions {
             precision: self.precision(&model.folder)?,
+            kv: self.device.kv(),
+            kv_ranges: self.device.kv_ranges.clone(),
             slots,
             positions: positions.min(longest + 1),
             spin: self.spin.unwrap_or(true),

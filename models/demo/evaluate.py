@@ -5,7 +5,6 @@
 """
 
 import argparse
-import random
 from collections import defaultdict
 from pathlib import Path
 
@@ -69,21 +68,6 @@ def answer(model, tokenizer, conversations: list[list[Turn]]) -> list[str]:
     return answers
 
 
-def questions(lists_n: int, seed: int) -> dict[str, list[list[Turn]]]:
-    """By score: conversations that end with the answer wanted."""
-    rng = random.Random(seed)
-    sets = {f"recall@{n}": [skills.recall_turns(rng, n, 1) for _ in range(lists_n)] for n in (4, 10, 20, 40)}
-    sets["recall@10, third turn"] = [skills.recall_turns(rng, 10, 3) for _ in range(lists_n)]
-    sets["sums, held out"] = [
-        skills.sum_turns(a, b, phrasing) for a, b in skills.sum_pairs(held=True) for phrasing in skills.SUM_PHRASINGS
-    ]
-    sets["sums, trained on"] = [skills.sum_turns(*rng.choice(skills.TRAINED_SUMS)) for _ in range(lists_n)]
-    sets["questions"] = [
-        [("user", question), ("assistant", text)] for phrasings, text in skills.FAQ for question in phrasings
-    ]
-    return sets
-
-
 def score(model, tokenizer, conversations: list[list[Turn]]) -> float:
     answers = answer(model, tokenizer, [turns[:-1] for turns in conversations])
     return sum(given == turns[-1][1] for given, turns in zip(answers, conversations)) / len(conversations)
@@ -92,7 +76,7 @@ def score(model, tokenizer, conversations: list[list[Turn]]) -> float:
 def evaluate(folder: Path, lists_n: int = 200, seed: int = 12345, precisions: list[str] = list(PRECISIONS)) -> None:
     """Prints a table of per cent right, a row for each precision."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    sets = questions(lists_n, seed)
+    sets = skills.scored(lists_n, seed)
     print("| | " + " | ".join(sets) + " |\n|---" + "|---" * len(sets) + "|")
     for precision in precisions:
         model = load(folder, precision)

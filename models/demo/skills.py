@@ -339,3 +339,18 @@ def recall_chat(rng: random.Random, pairs_n: int, questions_n: int) -> list[Turn
         if rng.random() < 0.05:
             turns += small_turns(rng)
     return turns
+
+
+def scored(lists_n: int, seed: int) -> dict[str, list[list[Turn]]]:
+    """By the name of a score: conversations that end with the answer wanted."""
+    rng = random.Random(seed)
+    sets = {f"recall@{n}": [recall_turns(rng, n, 1) for _ in range(lists_n)] for n in (4, 10, 20, 40)}
+    sets["recall@10, third turn"] = [recall_turns(rng, 10, 3) for _ in range(lists_n)]
+    sets["sums, held out"] = [
+        sum_turns(a, b, phrasing) for a, b in sum_pairs(held=True) for phrasing in SUM_PHRASINGS
+    ]
+    sets["sums, trained on"] = [sum_turns(*rng.choice(TRAINED_SUMS)) for _ in range(lists_n)]
+    sets["questions"] = [
+        [("user", question), ("assistant", text)] for phrasings, text in FAQ for question in phrasings
+    ]
+    return sets

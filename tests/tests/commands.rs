@@ -46,6 +46,59 @@ fn a_taken_port() {
     says(&said, &["is taken", "--nats nats://127.0.0.1:", "--nats-port 0"]);
 }
 
+/// A text through the built-in model, and what it says of that; a worker without ranges says what to do.
+#[test]
+fn ranges_for_kv_in_int8() {
+    let folder = files::scratch();
+    let data = ["--data", folder.path().to_str().expect("UTF-8")];
+    says(&fails(forebay(&["calibrate"]).args(data)), &["has its ranges", "--out FILE"]);
+    let demo = files::checkout().join("models/demo");
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for name in [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ] {
+        std::fs::copy(demo.join(name), model.join(name)).expect("a copy");
+    }
+    let model = model.to_str().expect("UTF-8");
+    let worker = ["worker", "--role", "decode", "--device", "cpu", "--model", model, "--kv-type"];
+    let said = fails(forebay(&worker).args(["int8", "--nats", &no_nats()]).args(data));
+    says(&said, &["kv_ranges.safetensors is missing", "`forebay calibrate` writes it"]);
+    says(&fails(forebay(&worker).args(["fp8", "--nats", &no_nats()]).args(data)), &["KV in fp8 is for GPUs"]);
+
+    let text = folder.path().join("text");
+    std::fs::write(&text, "river is 42. stone is 17.").expect("a file");
+    let short = fails(forebay(&["calibrate", model, "--text"]).arg(&text).args(data));
+    says(&short, &["tokens of text are too few to measure", "at least 512"]);
+    let output =
+        forebay(&["calibrate", model, "--tokens", "1200"]).args(data).output().expect("forebay runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    says(
+        &said,
+        &[
+            "944 of 944 tokens",
+            "largest keys:",
+            "1024 bytes in int8, 2048 in bf16, 4096 in fp32",
+            "--kv-type int8",
+        ],
+    );
+    let found: Vec<String> = std::fs::read_dir(model)
+        .expect("a folder")
+        .flatten()
+        .map(|file| file.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.contains("kv_ranges"))
+        .collect();
+    assert_eq!(found, ["kv_ranges.safetensors"]);
+    // Now it only lacks NATS.
+    let said = fails(forebay(&worker).args(["int8", "--nats", &no_nats()]).args(data));
+    assert!(!said.contains("calibrate") && said.contains("NATS"), "{said}");
+}
+
 #[test]
 fn no_nats_server() {
     let folder = files::scratch();

@@ -1,9 +1,9 @@
 //! Prefill on one worker, decode on another: the answer is that of a worker that does both.
 
-use forebay_schemas::{event::Body, lifecycle::Phase, task::Role};
+use forebay_schemas::{event::Body, kv::KvDtype, lifecycle::Phase, task::Role};
 use forebay_streams::log::Recorded;
 use forebay_tests::{Chat, Deployment, files, python};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// One set of questions, whoever answers them.
@@ -146,5 +146,44 @@ async fn reading_begins_before_the_prefill_ends() {
     let lost = at("KvLost").expect("it can't be read");
     assert!(at("KvReady").is_some_and(|ready| ready < lost), "{events:?}");
     assert!(at("PrefillCompleted").is_none_or(|completed| lost < completed), "{events:?}");
+    deployment.all_slots_free().await;
+}
+
+/// KV in int8 moves, is cached and is gone on with like any other, in a quarter of the bytes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kv_in_int8_moves_alike() {
+    let mut deployment = Deployment::start().await;
+    deployment.set("FOREBAY_KV_TYPE", "int8");
+    deployment.set("FOREBAY_CHUNK", "32");
+    deployment.set("FOREBAY_MAX_LOCAL_PREFILL_LENGTH", "8");
+    let (_decode, mut prefill) = tokio::join!(deployment.decode(), deployment.prefill());
+    let gateway = deployment.gateway(&[]).await;
+    let pairs = "river is 42. stone is 17. cloud is 88. lamp is 31. bridge is 64. apple is 55.";
+    let ask =
+        |salt: &str| Chat::new(&format!("{pairs} What is cloud?")).tokens(20).with("cache_salt", json!(salt));
+    let asked = async |salt: &str| deployment.check(&gateway.client.ask(&ask(salt)).await).await;
+
+    let remote = asked("one").await;
+    assert_eq!(remote.text, "cloud is 88.");
+    let events = deployment.events(remote.request).await;
+    assert!(names(&events).contains(&"KvTransferred") && !names(&events).contains(&"KvLost"));
+    let handles = events.iter().filter_map(|recorded| match &recorded.event.body {
+        Body::KvReady(ready) => Some(&ready.handle),
+        _ => None,
+    });
+    let bytes: usize = handles
+        .inspect(|handle| assert_eq!(handle.layout.geometry.dtype, KvDtype::Int8))
+        .map(|handle| handle.bytes())
+        .sum();
+    // Four layers with keys and values of four heads of 32.
+    assert_eq!(bytes, remote.accepted.prompt.len() * 4 * 2 * 4 * 32);
+    let cached = asked("one").await;
+    assert!(cached.cached_tokens >= 32, "{} tokens were cached", cached.cached_tokens);
+    prefill.terminate();
+    assert!(prefill.process.ended().await.success());
+    deployment.gone(&prefill.id).await;
+    let alone = asked("two").await;
+    assert!(!names(&deployment.events(alone.request).await).contains(&"KvReady"));
+    assert_eq!((&cached.tokens, &alone.tokens), (&remote.tokens, &remote.tokens));
     deployment.all_slots_free().await;
 }

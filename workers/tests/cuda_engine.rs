@@ -12,11 +12,12 @@ use forebay_schemas::{
 };
 use forebay_workers::{
     engine::{
-        Draw, Engine, EngineError, PeerSlot, Row, Sampled,
-        checkpoint::Checkpoint,
+        Draw, Engine, EngineError, KvType, PeerSlot, Row, Sampled,
+        calibrate::measure,
+        checkpoint::{Checkpoint, KvRanges},
         cuda::{CudaEngine, CudaOptions, Provider},
         graph::Precision,
-        onnx::OpenError,
+        onnx::{OnnxEngine, OnnxOptions, OpenError},
     },
     logits::LogitsProcessors,
     runner::{Output, Runner},
@@ -69,6 +70,64 @@ fn it_agrees_with_transformers() {
             let apart = logits_apart(engine.row_logits(0).unwrap(), &expected);
             assert!(apart < bound, "{case}: logits of prompt {number} are {apart} apart");
         }
+    }
+}
+
+/// In int8 a GPU's form of the graph and a CPU's have the same keys and values, but for rounding, and each goes on with the other's.
+#[test]
+fn kv_in_int8_is_that_of_a_cpu() {
+    for case in CASES {
+        let checkpoint = Checkpoint::open(&dir(case)).unwrap();
+        let prompts = Reference::read(case).prompts;
+        let text: Vec<u32> =
+            prompts.iter().flat_map(|prompt| [&prompt.ids[..], &prompt.greedy].concat()).collect();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join(KvRanges::FILE);
+        let ranges = measure(&mut open(case, Precision::F32), &text, 64, |_| {}).unwrap();
+        ranges.write(&checkpoint, &file).unwrap();
+        let of_cpu = OnnxOptions {
+            kv: KvType::Int8,
+            kv_ranges: Some(file.clone()),
+            ..parity_support::options(Precision::F32)
+        };
+        let mut cpu = OnnxEngine::with_checkpoint(&checkpoint, &of_cpu).unwrap();
+        let of_gpu = CudaOptions { kv: KvType::Int8, kv_ranges: Some(file), ..options() };
+        let mut gpu = with_options(case, &of_gpu).unwrap();
+        if is_exact() {
+            assert_eq!(gpu.card().layout_hash, cpu.card().layout_hash);
+        }
+        let (mut error, mut size) = (0.0, 0.0);
+        let mut add = |found: &[f32], expected: &[f32]| {
+            error += found.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
+            size += expected.iter().map(|b| b.powi(2)).sum::<f32>();
+        };
+        for prompt in &prompts {
+            gpu.prefill(0, 0, &prompt.ids, Some(greedy(0))).unwrap();
+            cpu.prefill(0, 0, &prompt.ids, Some(greedy(0))).unwrap();
+            add(gpu.row_logits(0).unwrap(), cpu.logits());
+            // The CPU's KV, and a token more.
+            let tokens = TokenRange { start: 0, count: prompt.ids.len() as u32 };
+            let (from, into) = (cpu.card().layout, gpu.card().layout);
+            let planes = 0..2 * from.geometry.layers;
+            for ((from, bytes), (into, _)) in
+                from.pieces(0, tokens, planes.clone()).zip(into.pieces(1, tokens, planes))
+            {
+                let mut piece = vec![0; bytes];
+                cpu.kv().read(from, &mut piece);
+                gpu.kv().write(into, &piece);
+            }
+            gpu.reserve(1, tokens.count).unwrap();
+            gpu.mover().unwrap().load(1, tokens).unwrap();
+            let row = |slot| Row { slot, position: tokens.count, token: prompt.greedy[0], draw: greedy(1) };
+            let mut out = Vec::new();
+            gpu.decode(&[row(1)], &[0], &mut out).unwrap();
+            cpu.decode(&[row(0)], &[], &mut out).unwrap();
+            add(gpu.row_logits(0).unwrap(), cpu.logits());
+        }
+        let apart = (error / size).sqrt();
+        eprintln!("{case}: logits are {apart:.5} of their size apart");
+        let bound = if is_exact() { 0.01 } else { 0.05 };
+        assert!(apart < bound, "{case}: {apart}");
     }
 }
 

@@ -4,6 +4,7 @@ use crate::config::data_folder;
 use anyhow::Context;
 use clap::Args;
 use forebay_workers::engine::{
+    KvType,
     bench::{BenchPlan, bench},
     checkpoint::ModelConfig,
     graph::Precision,
@@ -32,6 +33,9 @@ pub(crate) struct EngineBenchArgs {
     /// Tokens in each sequence before decoding is timed.
     #[arg(long, default_value_t = 128, value_name = "N")]
     at: u32,
+    /// How keys and values are held: auto (fp32) or int8, for which `forebay calibrate` must have measured the checkpoint.
+    #[arg(long, default_value = "auto", value_parser = ["auto", "int8"], value_name = "TYPE")]
+    kv_type: String,
     /// libonnxruntime.so, where it is not found by itself.
     #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
     onnxruntime: Option<PathBuf>,
@@ -49,6 +53,7 @@ pub(crate) fn run(args: &EngineBenchArgs) -> anyhow::Result<()> {
     for block in &args.blocks {
         let options = OnnxOptions {
             precision: Precision::Int4 { block: *block },
+            kv: if args.kv_type == "int8" { KvType::Int8 } else { KvType::Auto },
             threads: args.threads.unwrap_or(OnnxOptions::default().threads),
             library: args.onnxruntime.clone(),
             ..OnnxOptions::default()
@@ -77,6 +82,8 @@ fn run_alone(args: &EngineBenchArgs, folder: &Path, block: usize) -> anyhow::Res
         &list(&args.batch),
         "--at",
         &args.at.to_string(),
+        "--kv-type",
+        &args.kv_type,
     ]);
     if let Some(threads) = args.threads {
         command.args(["--threads", &threads.to_string()]);

@@ -15,7 +15,7 @@ use forebay_schemas::{
     sampling::Sampling,
 };
 use forebay_workers::engine::{
-    Draw, Engine, Row,
+    Draw, Engine, KvType, Row,
     checkpoint::Checkpoint,
     cuda::CudaEngine,
     graph::Precision,
@@ -52,10 +52,18 @@ pub(super) fn check(
         ..OnnxOptions::default()
     };
     let mut cpu = OnnxEngine::with_checkpoint(checkpoint, &options)?;
+    let mut cpu_int8 =
+        OnnxEngine::with_checkpoint(checkpoint, &OnnxOptions { kv: KvType::Int8, ..options })?;
+    let mut gpu_int8 = setting.engine(checkpoint, |options| {
+        options.positions = longest as u32;
+        options.kv = KvType::Int8;
+    })?;
     let mut gpu = setting.engine(checkpoint, |options| options.positions = longest as u32)?;
     report.check("logits are those of the CPU in fp32", logits(&mut cpu, &mut gpu, &prompts));
     report.check("greedy tokens are those of the CPU in fp32", agreement(&mut cpu, &mut gpu, &prompts));
-    drop(cpu);
+    let what = "with KV in int8, logits are those of the CPU with KV in int8";
+    report.check(what, logits(&mut cpu_int8, &mut gpu_int8, &prompts));
+    drop((cpu, cpu_int8, gpu_int8));
     let mut eager = setting.engine(checkpoint, |options| {
         options.positions = longest as u32;
         options.graphs = false;

@@ -9,10 +9,11 @@ pub mod peak;
 
 pub use super::binding::Provider;
 use super::{
-    Draw, Engine, EngineCard, EngineError, KvMover, RawLogprobs, Row, Sampled,
+    Draw, Engine, EngineCard, EngineError, KvMover, KvType, RawLogprobs, Row, Sampled,
     binding::{CudaTensor, CudaTensorError, KvView, Program, RunOptions, Step, Tensor, with_cuda},
-    checkpoint::{Checkpoint, Dtype},
+    checkpoint::{Checkpoint, Dtype, ModelConfig},
     graph::{self, Form, Norms, Precision},
+    kv_type::{Kv, KvFactors},
     library,
     onnx::{OpenError, card},
 };
@@ -39,10 +40,12 @@ use std::{path::PathBuf, sync::Arc};
 pub struct CudaOptions {
     /// Which GPU.
     pub device: usize,
-    /// Precision of the weights. Activations are bf16, or fp16 where the weights are; KV is the same, or fp8.
+    /// Precision of the weights. Activations are bf16, or fp16 where the weights are.
     pub precision: Precision,
-    /// Whether KV is fp8: half the memory, and less exact.
-    pub fp8_kv: bool,
+    /// How keys and values are held: as activations, or in half the memory, and less exact.
+    pub kv: KvType,
+    /// Where the ranges of keys and values are that int8 needs, if not in the checkpoint's folder.
+    pub kv_ranges: Option<PathBuf>,
     /// Sequences held at once.
     pub slots: u32,
     /// Positions of each slot; the usable context is one less. Addresses only: memory is there where sequences are.
@@ -70,7 +73,8 @@ impl Default for CudaOptions {
         CudaOptions {
             device: 0,
             precision: Precision::Bf16,
-            fp8_kv: false,
+            kv: KvType::Auto,
+            kv_ranges: None,
             slots: 64,
             positions: 4097,
             chunk_tokens: 2048,
@@ -206,6 +210,15 @@ impl CudaEngine {
     pub fn with_checkpoint(checkpoint: &Checkpoint, options: &CudaOptions) -> Result<CudaEngine, OpenError> {
         let config = checkpoint.config();
         checkpoint.check_context(options.positions.saturating_sub(1) as usize)?;
+        let factors = KvFactors::wanted(options.kv, checkpoint, options.kv_ranges.as_deref())?;
+        if options.kv != KvType::Auto && !has_fast_decode(config) {
+            tracing::warn!(
+                "decode steps over quantized KV are slow for {} query heads on {} KV heads of {}: ONNX Runtime expands it first",
+                config.heads,
+                config.kv_heads,
+                config.head_dim
+            );
+        }
         let device = Device::open(options.device)?;
         tracing::info!("{}", device.facts());
         fits(&device, checkpoint, options.precision)?;
@@ -217,16 +230,16 @@ impl CudaEngine {
             Kernels::load(&device, library::cuda_folder().as_deref(), options.kernel_cache.as_deref())
                 .map_err(CudaOpenError::from)?;
         let stream = device.stream()?;
-        let form = form(options);
+        let form = form(options, factors.as_ref());
         let geometry = KvGeometry {
             layers: config.layers as u32,
             kv_heads: config.kv_heads as u32,
             head_dim: config.head_dim as u32,
-            dtype: form.kv,
+            dtype: form.kv.dtype(),
         };
         let layout =
             KvLayout { geometry, slots: options.slots, positions: whole_pages(&geometry, options.positions) };
-        let card = card(checkpoint, form.precision, layout, options.positions);
+        let card = card(checkpoint, form, layout, options.positions);
         let model = graph::build(checkpoint, form, layout.positions as usize, options.threads)?;
         let program = {
             let _one_at_a_time = super::onnx::opening();
@@ -346,7 +359,9 @@ fn session_options(
     let builder = builder
         // Weights that were packed into another layout are then given back.
         .with_config_entry("session.use_device_allocator_for_initializers", "1")?
-        .with_config_entry("ep.cuda.fpa_intb_gemm", "1")?;
+        .with_config_entry("ep.cuda.fpa_intb_gemm", "1")?
+        // It would put the norms of `Norms::Nodes` back into the attention, which then has no fast kernel for quantized KV.
+        .with_config_entry("optimization.disable_specified_optimizers", "GroupQueryAttentionPreNormFusion")?;
     let device = options.device.to_string();
     let entries = [
         ("device_id", &device[..]),
@@ -362,22 +377,28 @@ fn session_options(
 const EAGER: i32 = -1;
 
 /// How a graph on a GPU is made.
-fn form(options: &CudaOptions) -> Form {
+fn form<'a>(options: &CudaOptions, factors: Option<&'a KvFactors>) -> Form<'a> {
     // A stand-in for a GPU computes as a CPU does.
     let activations = match (options.provider, options.precision) {
         (Provider::Cpu, _) => Dtype::F32,
         (_, Precision::F16) => Dtype::F16,
         _ => Dtype::Bf16,
     };
-    let kv = match (options.fp8_kv, activations) {
-        (true, _) => KvDtype::F8,
-        (_, Dtype::F32) => KvDtype::F32,
-        (_, Dtype::F16) => KvDtype::F16,
-        (_, Dtype::Bf16) => KvDtype::Bf16,
+    let kv = match (factors, options.kv, activations) {
+        (Some(factors), ..) => Kv::Int8(factors),
+        (_, KvType::Fp8, _) => Kv::Fp8,
+        (.., Dtype::F32) => Kv::Plain(KvDtype::F32),
+        (.., Dtype::F16) => Kv::Plain(KvDtype::F16),
+        (.., Dtype::Bf16) => Kv::Plain(KvDtype::Bf16),
     };
-    let within = options.provider == Provider::Cuda && !options.fp8_kv;
+    let within = options.provider == Provider::Cuda && matches!(kv, Kv::Plain(_));
     let norms = if within { Norms::Attention } else { Norms::Nodes };
     Form { precision: options.precision, activations, kv, norms }
+}
+
+/// Whether ONNX Runtime has its fast kernel for decode steps over quantized KV in this shape.
+fn has_fast_decode(config: &ModelConfig) -> bool {
+    [64, 128, 256].contains(&config.head_dim) && [4, 8, 16, 32].contains(&(config.heads / config.kv_heads))
 }
 
 /// Positions of a slot of which each plane is whole pages, so that it can be pinned by itself.

@@ -12,8 +12,11 @@
 
 use super::{
     binding::{self, MappedType},
-    checkpoint::{Checkpoint, Dtype, Elements, ModelConfig, WeightTensor, stack, tensors_of},
+    checkpoint::{
+        Checkpoint, Dtype, Elements, Factors, Matrix, ModelConfig, WeightTensor, stack, tensors_of,
+    },
     fused::{self, QkNorm},
+    kv_type::Kv,
     quantize::{Scheme, quantize},
 };
 use forebay_schemas::kv::KvDtype;
@@ -78,14 +81,14 @@ impl Precision {
 }
 
 /// What a graph is made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Form {
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Form<'a> {
     /// Weights.
     pub(super) precision: Precision,
     /// What is computed with.
     pub(super) activations: Dtype,
     /// Keys and values.
-    pub(super) kv: KvDtype,
+    pub(super) kv: Kv<'a>,
     /// Where the query and key heads are normalized, and whose operators there are.
     pub(super) norms: Norms,
 }
@@ -101,10 +104,10 @@ pub(super) enum Norms {
     Nodes,
 }
 
-impl Form {
+impl<'a> Form<'a> {
     /// For a CPU.
-    pub(super) fn cpu(precision: Precision) -> Form {
-        Form { precision, activations: Dtype::F32, kv: KvDtype::F32, norms: Norms::Ours }
+    pub(super) fn cpu(precision: Precision, kv: Kv<'a>) -> Form<'a> {
+        Form { precision, activations: Dtype::F32, kv, norms: Norms::Ours }
     }
 }
 
@@ -123,15 +126,14 @@ pub(super) fn with_operators(options: SessionBuilder, config: &ModelConfig) -> o
 /// The model of a checkpoint, for slots of `positions` positions. Quantizes on `threads` threads.
 pub(super) fn build(
     checkpoint: &Checkpoint,
-    form: Form,
+    form: Form<'_>,
     positions: usize,
     threads: usize,
 ) -> ort::Result<Model> {
     let mut builder = Builder { graph: Graph::new()?, checkpoint, form, threads, nodes: 0 };
     builder.declare()?;
-    if form.kv == KvDtype::F8 {
-        // Keys and values as they are: normalized keys are far from the largest number, 448, and so are values.
-        binding::add_owned(&mut builder.graph, "kv.scale", vec![1.0f32], &[1])?;
+    if let Some(scale) = form.kv.scale() {
+        binding::add_owned(&mut builder.graph, "kv.scale", vec![scale], &[1])?;
     }
     builder.rope_tables(positions)?;
     builder.embedding()?;
@@ -183,17 +185,17 @@ fn table(checkpoint: &Checkpoint) -> (usize, usize) {
 struct Builder<'a> {
     graph: Graph,
     checkpoint: &'a Checkpoint,
-    form: Form,
+    form: Form<'a>,
     threads: usize,
     nodes: usize,
 }
 
-impl Builder<'_> {
+impl<'a> Builder<'a> {
     fn declare(&mut self) -> ort::Result<()> {
         use TensorElementType::{Float32, Int32, Int64};
         let config = self.checkpoint.config();
         let kv_shape = [-1, config.kv_heads as i64, -1, config.head_dim as i64];
-        let element = match self.form.kv {
+        let element = match self.form.kv.dtype() {
             KvDtype::F32 => Float32,
             KvDtype::F16 => TensorElementType::Float16,
             KvDtype::Bf16 => TensorElementType::Bfloat16,
@@ -271,8 +273,13 @@ impl Builder<'_> {
             self.add_norm(&weights("input_layernorm"), [&residual, &update], [&at("x"), &at("normed")])?;
             at("x")
         };
-        let qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(weights);
-        self.linear(&at("normed"), &qkv, &at("qkv"))?;
+        let [q, k, mut v, mut o] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+            .map(|what| self.matrix(&weights(&format!("self_attn.{what}"))));
+        if let Some(factors) = self.form.kv.factors(layer) {
+            v.factors = Factors::Rows(&factors.value);
+            o.factors = Factors::Columns(&factors.output);
+        }
+        self.linear(&at("normed"), &[q, k, v], &at("qkv"))?;
         self.attention(layer)?;
 
         let (mut attended, mut residual) = (at("attended"), residual);
@@ -281,12 +288,19 @@ impl Builder<'_> {
                 *name = self.wanted(name)?;
             }
         }
-        self.linear(&attended, &[weights("self_attn.o_proj")], &at("projected"))?;
+        self.linear(&attended, &[o], &at("projected"))?;
         let norm = weights("post_attention_layernorm");
         self.add_norm(&norm, [&residual, &at("projected")], [&at("residual"), &at("normed2")])?;
-        self.linear(&at("normed2"), &["mlp.gate_proj", "mlp.up_proj"].map(weights), &at("gate_up"))?;
+        let [gate, up, down] =
+            ["gate_proj", "up_proj", "down_proj"].map(|what| self.matrix(&weights(&format!("mlp.{what}"))));
+        self.linear(&at("normed2"), &[gate, up], &at("gate_up"))?;
         self.swiglu(&at("gate_up"), &at("activated"))?;
-        self.linear(&at("activated"), &[weights("mlp.down_proj")], &at("mlp"))
+        self.linear(&at("activated"), &[down], &at("mlp"))
+    }
+
+    /// A matrix of the checkpoint.
+    fn matrix(&self, name: &str) -> Matrix<'a> {
+        Matrix::plain(self.checkpoint.tensor(name))
     }
 
     /// The rows of `[batch, tokens, width]` whose logits are wanted: `[rows, width]`.
@@ -320,7 +334,9 @@ impl Builder<'_> {
         let config = self.checkpoint.config();
         let at = |what: &str| format!("{layer}.{what}");
         let weights = |what: &str| format!("model.layers.{layer}.self_attn.{what}.weight");
-        let (q_norm, k_norm) = (self.vector(&weights("q_norm"))?, self.vector(&weights("k_norm"))?);
+        let factors = self.form.kv.factors(layer);
+        let q_norm = self.scaled_vector(&weights("q_norm"), factors.map(|factors| &factors.query[..]))?;
+        let k_norm = self.scaled_vector(&weights("k_norm"), factors.map(|factors| &factors.key[..]))?;
         let mut attributes = vec![
             int("num_heads", config.heads)?,
             int("kv_num_heads", config.kv_heads)?,
@@ -349,7 +365,8 @@ impl Builder<'_> {
         inputs.extend([&past_k[..], &past_v, "seqlens_k", "total_len", "rope.cos", "rope.sin"]);
         // Positions, bias and sink: none.
         inputs.extend(["", "", ""]);
-        if self.form.kv == KvDtype::F8 {
+        if self.form.kv.scale().is_some() {
+            // One tensor for both, and one number: what the fastest kernels on a GPU ask for.
             inputs.extend(["kv.scale", "kv.scale"]);
             attributes.push(int("kv_cache_bit_width", 8)?);
             attributes.push(Attribute::new("k_quant_type", "PER_TENSOR".to_owned())?);
@@ -406,40 +423,41 @@ impl Builder<'_> {
         let (residual, update) = (format!("{last}.residual"), format!("{last}.mlp"));
         self.add_norm("model.norm.weight", [&residual, &update], ["", "final"])?;
         let tied = self.checkpoint.config().tied;
-        let weight = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let weight = self.matrix(if tied { "model.embed_tokens.weight" } else { "lm_head.weight" });
         if self.form.activations == Dtype::F32 {
-            return self.linear("final", &[weight.to_owned()], "logits");
+            return self.linear("final", &[weight], "logits");
         }
-        self.linear("final", &[weight.to_owned()], "logits.computed")?;
+        self.linear("final", &[weight], "logits.computed")?;
         self.cast("logits.computed", Dtype::F32, "logits")
     }
 
     /// y = x · Wᵀ, for weights `[out, in]` stacked along out.
-    fn linear(&mut self, x: &str, weights: &[String], y: &str) -> ort::Result<()> {
-        let matrices: Vec<&WeightTensor> = weights.iter().map(|name| self.checkpoint.tensor(name)).collect();
-        let k = matrices[0].columns();
-        let n: usize = matrices.iter().map(|matrix| matrix.rows()).sum();
+    fn linear(&mut self, x: &str, matrices: &[Matrix<'_>], y: &str) -> ort::Result<()> {
+        let k = matrices[0].tensor.columns();
+        let n: usize = matrices.iter().map(|matrix| matrix.tensor.rows()).sum();
+        let release = || matrices.iter().for_each(|matrix| matrix.tensor.release());
         let name = format!("{y}.weight");
         let Some(scheme) = self.form.precision.scheme() else {
-            let stored = |matrix: &WeightTensor| matrix.dtype() == self.form.activations;
-            let weight = match matrices[..] {
+            let stored = |tensor: &WeightTensor| tensor.dtype() == self.form.activations;
+            let table = self.checkpoint.tensor("model.embed_tokens.weight");
+            let weight = match *matrices {
                 // A tied head multiplies with the table that tokens are looked up in.
-                [matrix] if stored(matrix) && weights[0] == "model.embed_tokens.weight" => "embed",
-                [matrix] if stored(matrix) => {
-                    self.mapped(&name, matrix)?;
+                [Matrix { tensor, .. }] if stored(tensor) && std::ptr::eq(tensor, table) => "embed",
+                [Matrix { tensor, factors: Factors::One }] if stored(tensor) => {
+                    self.mapped(&name, tensor)?;
                     &name
                 }
                 _ => {
-                    let stacked = stack(&matrices, self.form.activations, self.threads);
-                    matrices.iter().for_each(|matrix| matrix.release());
+                    let stacked = stack(matrices, self.form.activations, self.threads);
+                    release();
                     self.add(&name, stacked, &[n as i64, k as i64])?;
                     &name
                 }
             };
             return self.node(MICROSOFT, "FusedMatMul", &[x, weight], &[y], vec![int("transB", 1)?]);
         };
-        let quantized = quantize(&matrices, scheme, self.threads);
-        matrices.iter().for_each(|matrix| matrix.release());
+        let quantized = quantize(matrices, scheme, self.threads);
+        release();
         let (blocks, scales) = (scheme.blocks(k), format!("{name}.scales"));
         let shape = [n, blocks, scheme.block_bytes()].map(|size| size as i64);
         binding::add_owned(&mut self.graph, &name, quantized.codes, &shape)?;
@@ -476,7 +494,15 @@ impl Builder<'_> {
 
     /// A vector of the checkpoint as a constant; returns its name.
     fn vector(&mut self, name: &str) -> ort::Result<String> {
-        let values = self.checkpoint.tensor(name).to_f32();
+        self.scaled_vector(name, None)
+    }
+
+    /// The same, multiplied by a number for each element.
+    fn scaled_vector(&mut self, name: &str, factors: Option<&[f32]>) -> ort::Result<String> {
+        let mut values = self.checkpoint.tensor(name).to_f32();
+        if let Some(factors) = factors {
+            values.iter_mut().zip(factors).for_each(|(value, factor)| *value *= factor);
+        }
         let shape = [values.len() as i64];
         self.constant(name, values, &shape)?;
         Ok(name.to_owned())

@@ -9,15 +9,19 @@
 
 pub mod bench;
 mod binding;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod cuda;
 mod fused;
 pub mod graph;
+mod kv_type;
 pub mod library;
 pub mod onnx;
 pub mod quantize;
 pub mod random_checkpoint;
 pub mod sim;
+
+pub use kv_type::KvType;
 
 use crate::vocabulary::GrammarError;
 use forebay_kernels::{Adjustments, Normalizer, NotFinite, Penalties, Region, adjust, most_probable, sample};

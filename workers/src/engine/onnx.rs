@@ -1,11 +1,12 @@
 //! The engine that serves: a checkpoint's graph in ONNX Runtime, over slots of a shared region.
 
 use super::{
-    Draw, Engine, EngineCard, EngineError, Row, Sampled,
+    Draw, Engine, EngineCard, EngineError, KvType, Row, Sampled,
     binding::{KvView, Program, Step, Tensor},
     checkpoint::{Checkpoint, CheckpointError},
     cuda::CudaOpenError,
     graph::{self, Form, Precision},
+    kv_type::{Kv, KvFactors},
     library::{self, LibraryError},
 };
 use forebay_kernels::{NotFinite, Region, RegionError};
@@ -34,6 +35,10 @@ pub(super) fn opening() -> MutexGuard<'static, ()> {
 pub struct OnnxOptions {
     /// Precision of the weights.
     pub precision: Precision,
+    /// How keys and values are held; not in fp8.
+    pub kv: KvType,
+    /// Where the ranges of keys and values are that int8 needs, if not in the checkpoint's folder.
+    pub kv_ranges: Option<PathBuf>,
     /// Sequences held at once.
     pub slots: u32,
     /// Positions of each slot; the usable context is one less. Address space only: memory is committed as
@@ -52,6 +57,8 @@ impl Default for OnnxOptions {
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
         OnnxOptions {
             precision: Precision::default(),
+            kv: KvType::Auto,
+            kv_ranges: None,
             slots: 8,
             positions: 2049,
             threads,
@@ -76,6 +83,9 @@ pub enum OpenError {
     /// The first steps failed.
     #[error("warming up: {0}")]
     WarmUp(#[from] EngineError),
+    /// A type of KV that a CPU does not have.
+    #[error("KV in fp8 is for GPUs: a CPU has fp32 (auto) and int8")]
+    Fp8OnCpu,
     /// There is no GPU, or it is too small.
     #[error(transparent)]
     Cuda(#[from] CudaOpenError),
@@ -118,16 +128,23 @@ impl OnnxEngine {
         let context_limit = options.positions.saturating_sub(1);
         checkpoint.check_context(context_limit as usize)?;
         let environment = library::load(options.library.as_deref())?;
+        let factors = KvFactors::wanted(options.kv, checkpoint, options.kv_ranges.as_deref())?;
+        let kv = match (options.kv, &factors) {
+            (KvType::Fp8, _) => return Err(OpenError::Fp8OnCpu),
+            (_, Some(factors)) => Kv::Int8(factors),
+            (_, None) => Kv::Plain(KvDtype::F32),
+        };
+        let form = Form::cpu(options.precision, kv);
         let _one_at_a_time = opening();
         let geometry = KvGeometry {
             layers: config.layers as u32,
             kv_heads: config.kv_heads as u32,
             head_dim: config.head_dim as u32,
-            dtype: KvDtype::F32,
+            dtype: kv.dtype(),
         };
         let layout = KvLayout { geometry, slots: options.slots, positions: options.positions };
-        let card = card(checkpoint, options.precision, layout, options.positions);
-        let program = program(&environment, checkpoint, options)?;
+        let card = card(checkpoint, form, layout, options.positions);
+        let program = program(&environment, checkpoint, form, options)?;
         let kv = Arc::new(Region::create("forebay-kv", card.layout.region_bytes())?);
         let (slots, positions) = (options.slots as usize, options.positions as usize);
         Ok(OnnxEngine {
@@ -256,34 +273,39 @@ impl Engine for OnnxEngine {
 }
 
 /// The card of an engine whose slots have `positions` usable positions, of which the last takes scratch writes.
-pub(super) fn card(
-    checkpoint: &Checkpoint,
-    precision: Precision,
-    layout: KvLayout,
-    positions: u32,
-) -> EngineCard {
+pub(super) fn card(checkpoint: &Checkpoint, form: Form<'_>, layout: KvLayout, positions: u32) -> EngineCard {
     let (config, geometry) = (checkpoint.config(), layout.geometry);
     let stored = checkpoint.tensor("model.embed_tokens.weight").dtype();
     // Everything that decides what a key or value is: two engines that agree on this text compute the same KV, up
     // to rounding. The 1 is the version of the text and of the graph.
-    let meaning = format!(
-        "forebay kv 1; {config:?}; weights {:016x} as {}; {geometry:?}",
-        checkpoint.weights_hash(),
-        precision
+    let precision = form.precision;
+    let mut meaning = format!(
+        "forebay kv 1; {config:?}; weights {:016x} as {precision}; {geometry:?}",
+        checkpoint.weights_hash()
     );
+    let mut weights = format!("Qwen3ForCausalLM, {} layers, {precision} from {stored}", config.layers);
+    match form.kv {
+        Kv::Plain(_) => {}
+        Kv::Fp8 => weights.push_str(", KV in fp8"),
+        Kv::Int8(factors) => {
+            meaning.push_str(&format!("; factors {:016x}", factors.hash()));
+            weights.push_str(", KV in int8");
+        }
+    }
     EngineCard {
         vocab: config.vocab as u32,
         context_limit: positions.saturating_sub(1),
         eos: checkpoint.eos().to_vec(),
         layout,
         layout_hash: LayoutHash(fnv1a(meaning.as_bytes())),
-        weights: format!("Qwen3ForCausalLM, {} layers, {precision} from {stored}", config.layers),
+        weights,
     }
 }
 
 fn program(
     environment: &Environment,
     checkpoint: &Checkpoint,
+    form: Form<'_>,
     options: &OnnxOptions,
 ) -> ort::Result<Program> {
     let builder = Session::builder(environment)?
@@ -293,7 +315,6 @@ fn program(
         // Plans for shapes seen before: of no use where lengths never repeat, and it keeps their memory.
         .with_memory_pattern(false)?;
     let builder = graph::with_operators(builder, checkpoint.config())?;
-    let model =
-        graph::build(checkpoint, Form::cpu(options.precision), options.positions as usize, options.threads)?;
+    let model = graph::build(checkpoint, form, options.positions as usize, options.threads)?;
     Program::new(environment, builder, graph::EMPTY_MODEL, &model, checkpoint.config().layers)
 }

@@ -7,7 +7,7 @@
 //!
 //! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits>
 
-use super::checkpoint::WeightTensor;
+use super::checkpoint::Matrix;
 
 /// Bits and block length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,13 +44,13 @@ pub struct Quantized {
 }
 
 /// Quantizes matrices of one width, stacked along n, on `threads` threads.
-pub fn quantize(matrices: &[&WeightTensor], scheme: Scheme, threads: usize) -> Quantized {
-    let k = matrices[0].columns();
-    let n: usize = matrices.iter().map(|matrix| matrix.rows()).sum();
+pub fn quantize(matrices: &[Matrix<'_>], scheme: Scheme, threads: usize) -> Quantized {
+    let k = matrices[0].tensor.columns();
+    let n: usize = matrices.iter().map(|matrix| matrix.tensor.rows()).sum();
     let (row_bytes, blocks) = (scheme.blocks(k) * scheme.block_bytes(), scheme.blocks(k));
     let (mut codes, mut scales) = (vec![0u8; n * row_bytes], vec![0f32; n * blocks]);
-    let rows: Vec<(&WeightTensor, usize)> =
-        matrices.iter().flat_map(|matrix| (0..matrix.rows()).map(move |row| (*matrix, row))).collect();
+    let rows: Vec<(Matrix<'_>, usize)> =
+        matrices.iter().flat_map(|matrix| (0..matrix.tensor.rows()).map(move |row| (*matrix, row))).collect();
     let share = n.div_ceil(threads.max(1)).max(1);
     std::thread::scope(|scope| {
         let outputs = codes.chunks_mut(share * row_bytes).zip(scales.chunks_mut(share * blocks));

@@ -11,11 +11,11 @@ mod parity_support;
 mod stand_in;
 
 use forebay_workers::engine::{
-    Engine, EngineError, Row,
-    checkpoint::Checkpoint,
+    Engine, EngineError, KvType, Row,
+    checkpoint::{Checkpoint, KvRanges, ModelConfig},
     cuda::{CudaEngine, CudaOptions},
     graph::Precision,
-    library,
+    library, random_checkpoint,
 };
 use parity_support::{CASES, dir, greedy};
 use std::{os::unix::fs::symlink, path::Path, process::Command};
@@ -55,15 +55,25 @@ fn the_provider_takes_every_node_and_captures_every_step() {
     ] {
         build(&folder.path().join(name), name, source.map(|source| here.join(source)).as_deref());
     }
-    let status = Command::new(std::env::current_exe().unwrap())
+    let child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", NAME, "--nocapture"])
         .env(CHILD, "1")
+        // It then says which kernel each attention takes.
+        .env("ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO", "1")
         .env("FOREBAY_CUDA", folder.path())
         .env("LD_LIBRARY_PATH", folder.path())
         .env_remove("ORT_DYLIB_PATH")
-        .status()
+        .output()
         .unwrap();
-    assert!(status.success(), "{status}");
+    let said = String::from_utf8_lossy(&child.stdout);
+    let (kernels, rest): (Vec<&str>, Vec<&str>) = said.lines().partition(|line| line.contains("SdpaKernel="));
+    eprintln!("{}\n{}", rest.join("\n"), String::from_utf8_lossy(&child.stderr));
+    assert!(child.status.success(), "{}", child.status);
+    // What comes before the line of a setting is of that setting; the one chunk of a prompt takes another kernel.
+    let mut settings = said.split_inclusive(" kernels in a step\n").filter(|text| text.contains("\nfast, "));
+    assert!(settings.clone().count() >= 9 && !kernels.is_empty());
+    let slow = settings.find(|text| !text.contains("SdpaKernel=XQA"));
+    assert_eq!(slow, None, "decode steps expand quantized KV");
 }
 
 /// Compiles a library whose functions have the version that its users were linked with, which is its name.
@@ -85,19 +95,44 @@ fn build(library: &Path, name: &str, source: Option<&Path>) {
 
 fn capture_all() {
     let int4 = Precision::Int4 { block: 32 };
-    for case in [CASES[0], CASES[1]] {
-        let checkpoint = Checkpoint::open(&dir(case)).unwrap();
-        for (precision, fp8_kv) in [
-            (Precision::Bf16, false),
-            (Precision::F16, false),
-            (int4, false),
-            (Precision::Int8 { block: 32 }, false),
-            (Precision::Bf16, true),
-            (int4, true),
+    // Shapes of which ONNX Runtime expands quantized KV, and one whose decode steps read it as it is.
+    let folder = tempfile::tempdir().unwrap();
+    let shape = ModelConfig {
+        hidden: 256,
+        layers: 2,
+        heads: 8,
+        kv_heads: 2,
+        head_dim: 64,
+        intermediate: 512,
+        vocab: 320,
+        positions_max: 512,
+        ..ModelConfig::qwen3_0_6b()
+    };
+    let fast = folder.path().join("fast");
+    random_checkpoint::write(&fast, &shape, 1).unwrap();
+    for case in [dir(CASES[0]), dir(CASES[1]), fast] {
+        let checkpoint = Checkpoint::open(&case).unwrap();
+        let case = case.file_name().unwrap().to_string_lossy();
+        let config = checkpoint.config();
+        let ones = vec![1.0; config.kv_width()];
+        let ranges = KvRanges { layers: vec![[ones.clone(), ones]; config.layers], tokens: 1 };
+        let kv_ranges = folder.path().join(format!("{case}.safetensors"));
+        ranges.write(&checkpoint, &kv_ranges).unwrap();
+        for (precision, kv) in [
+            (Precision::Bf16, KvType::Auto),
+            (Precision::F16, KvType::Auto),
+            (int4, KvType::Auto),
+            (Precision::Int8 { block: 32 }, KvType::Auto),
+            (Precision::Bf16, KvType::Fp8),
+            (int4, KvType::Fp8),
+            (Precision::Bf16, KvType::Int8),
+            (Precision::F16, KvType::Int8),
+            (int4, KvType::Int8),
         ] {
             let options = CudaOptions {
                 precision,
-                fp8_kv,
+                kv,
+                kv_ranges: Some(kv_ranges.clone()),
                 slots: 3,
                 positions: 200,
                 chunk_tokens: 16,
@@ -107,7 +142,7 @@ fn capture_all() {
             let [before, _, replays, _] = counts();
             engine.warm_up().unwrap();
             let [after, launches, warm_replays, mistakes] = counts();
-            let what = format!("{case}, {precision}, {}", if fp8_kv { "KV in fp8" } else { "KV as it is" });
+            let what = format!("{case}, {precision}, KV {kv:?}");
             // Batches of 1, 2 and 3.
             assert_eq!((after - before, mistakes), (3, 0), "{what}");
             assert!(launches > 10, "{what}: {launches} kernels in a step");

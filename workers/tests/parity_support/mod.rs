@@ -49,8 +49,11 @@ impl Reference {
 }
 
 pub(crate) fn open(case: &str, precision: Precision) -> OnnxEngine {
-    let options = OnnxOptions { precision, slots: 4, positions: 200, threads: 2, spin: false, library: None };
-    OnnxEngine::open(&dir(case), &options).unwrap()
+    OnnxEngine::open(&dir(case), &options(precision)).unwrap()
+}
+
+pub(crate) fn options(precision: Precision) -> OnnxOptions {
+    OnnxOptions { precision, slots: 4, positions: 200, threads: 2, spin: false, ..OnnxOptions::default() }
 }
 
 pub(crate) fn greedy(index: u32) -> Draw<'static> {

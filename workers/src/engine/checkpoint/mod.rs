@@ -4,10 +4,12 @@
 //! with one sentence that names the file and the tensor.
 
 mod config;
+mod ranges;
 mod tensors;
 
 pub use config::ModelConfig;
-pub use tensors::{Dtype, WeightTensor};
+pub use ranges::KvRanges;
+pub use tensors::{Dtype, Factors, Matrix, WeightTensor};
 pub(super) use tensors::{Elements, stack};
 
 use config::JsonFile;
@@ -15,6 +17,7 @@ use forebay_kernels::Checksum;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 use tensors::Shard;
 
@@ -24,6 +27,7 @@ pub struct Checkpoint {
     config: ModelConfig,
     eos: Vec<u32>,
     tensors: BTreeMap<String, WeightTensor>,
+    weights_hash: OnceLock<u64>,
 }
 
 /// Why a directory cannot be served. Nothing but another checkpoint helps.
@@ -109,6 +113,35 @@ pub enum CheckpointError {
         /// Element type in the file.
         found: String,
     },
+    /// KV in int8 was asked for, and nobody has measured how large keys and values get.
+    #[error("{} is missing, without which KV can't be int8: `forebay calibrate` writes it", file.display())]
+    NotCalibrated {
+        /// Where it should be.
+        file: PathBuf,
+    },
+    /// Ranges of keys and values were measured on another model.
+    #[error(
+        "{}: measured on other weights ({measured:?}, and these are {expected:?}); `forebay calibrate` measures anew",
+        file.display()
+    )]
+    OtherWeights {
+        /// The ranges.
+        file: PathBuf,
+        /// Hash of the weights that they are of.
+        measured: String,
+        /// Hash of the checkpoint's weights.
+        expected: String,
+    },
+    /// A range of keys or values is no range.
+    #[error("{}: tensor {tensor} holds {value}, which is no magnitude; `forebay calibrate` measures anew", file.display())]
+    BadRange {
+        /// The ranges.
+        file: PathBuf,
+        /// Which tensor.
+        tensor: String,
+        /// What it holds.
+        value: f32,
+    },
     /// More context was asked for than the model was made for.
     #[error("{}: a context of {asked} tokens was asked for, but the model was made for {limit}", file.display())]
     ContextTooLong {
@@ -144,7 +177,7 @@ impl Checkpoint {
         for (name, shape) in tensors_of(&config) {
             tensors.insert(name.clone(), shards.find(&name, &shape)?);
         }
-        Ok(Checkpoint { dir: dir.to_owned(), config, eos, tensors })
+        Ok(Checkpoint { dir: dir.to_owned(), config, eos, tensors, weights_hash: OnceLock::new() })
     }
 
     /// Where it is.
@@ -182,13 +215,16 @@ impl Checkpoint {
     /// CRC-64/NVME over the name, element type, shape and bytes of every tensor of the model, in order of names:
     /// the same however the tensors are spread over files.
     pub fn weights_hash(&self) -> u64 {
-        let mut sum = Checksum::default();
-        for (name, tensor) in &self.tensors {
-            sum.update(format!("{name} {} {:?}\n", tensor.dtype(), tensor.shape()).as_bytes());
-            sum.update(tensor.bytes());
-            tensor.release();
-        }
-        sum.value()
+        // Reads all of the weights.
+        *self.weights_hash.get_or_init(|| {
+            let mut sum = Checksum::default();
+            for (name, tensor) in &self.tensors {
+                sum.update(format!("{name} {} {:?}\n", tensor.dtype(), tensor.shape()).as_bytes());
+                sum.update(tensor.bytes());
+                tensor.release();
+            }
+            sum.value()
+        })
     }
 }
 

@@ -126,6 +126,43 @@ impl WeightTensor {
     }
 }
 
+/// A matrix as the graph multiplies with it.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    /// In the checkpoint.
+    pub tensor: &'a WeightTensor,
+    /// What it is multiplied by.
+    pub factors: Factors<'a>,
+}
+
+/// What a matrix is multiplied by.
+#[derive(Clone, Copy)]
+pub enum Factors<'a> {
+    /// Nothing.
+    One,
+    /// A number for each row.
+    Rows(&'a [f32]),
+    /// A number for each column.
+    Columns(&'a [f32]),
+}
+
+impl<'a> Matrix<'a> {
+    /// As it is in the checkpoint.
+    pub fn plain(tensor: &'a WeightTensor) -> Matrix<'a> {
+        Matrix { tensor, factors: Factors::One }
+    }
+
+    /// One row, as fp32, into `out` of the row's length.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        self.tensor.row(row, out);
+        match self.factors {
+            Factors::One => {}
+            Factors::Rows(factors) => out.iter_mut().for_each(|x| *x *= factors[row]),
+            Factors::Columns(factors) => out.iter_mut().zip(factors).for_each(|(x, factor)| *x *= factor),
+        }
+    }
+}
+
 /// Elements in memory of one's own.
 #[derive(Clone, Debug, PartialEq)]
 pub(in super::super) enum Elements {
@@ -146,7 +183,7 @@ impl Elements {
 }
 
 /// Matrices of one width, stacked, on `threads` threads.
-pub(in super::super) fn stack(matrices: &[&WeightTensor], dtype: Dtype, threads: usize) -> Elements {
+pub(in super::super) fn stack(matrices: &[Matrix<'_>], dtype: Dtype, threads: usize) -> Elements {
     match dtype {
         Dtype::F32 => Elements::F32(converted(matrices, threads, |x| x)),
         Dtype::F16 => Elements::F16(converted(matrices, threads, f16::from_f32)),
@@ -155,13 +192,13 @@ pub(in super::super) fn stack(matrices: &[&WeightTensor], dtype: Dtype, threads:
 }
 
 fn converted<T: Copy + Default + Send>(
-    matrices: &[&WeightTensor],
+    matrices: &[Matrix<'_>],
     threads: usize,
     convert: impl Fn(f32) -> T + Copy + Send,
 ) -> Vec<T> {
-    let columns = matrices[0].columns();
-    let rows: Vec<(&WeightTensor, usize)> =
-        matrices.iter().flat_map(|matrix| (0..matrix.rows()).map(move |row| (*matrix, row))).collect();
+    let columns = matrices[0].tensor.columns();
+    let rows: Vec<(Matrix<'_>, usize)> =
+        matrices.iter().flat_map(|matrix| (0..matrix.tensor.rows()).map(move |row| (*matrix, row))).collect();
     let mut all = vec![T::default(); rows.len() * columns];
     let share = rows.len().div_ceil(threads.max(1)).max(1);
     std::thread::scope(|scope| {
@@ -183,6 +220,7 @@ pub(super) struct Shard {
     path: PathBuf,
     file: Arc<MappedFile>,
     tensors: HashMap<String, (safetensors::Dtype, Vec<usize>, Range<usize>)>,
+    notes: HashMap<String, String>,
 }
 
 impl Shard {
@@ -198,11 +236,17 @@ impl Shard {
             (name, (info.dtype, info.shape.clone(), start + begin..start + end))
         });
         let tensors = tensors.collect();
-        Ok(Shard { file: Arc::new(file), tensors, path })
+        let notes = metadata.metadata().clone().unwrap_or_default();
+        Ok(Shard { file: Arc::new(file), tensors, notes, path })
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What the file's metadata says.
+    pub(super) fn notes(&self) -> &HashMap<String, String> {
+        &self.notes
     }
 
     /// The tensor, if the file has it and it is what the model needs.
