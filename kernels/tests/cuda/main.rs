@@ -4,7 +4,9 @@
 mod adjust;
 mod memory;
 mod sampler;
+mod shared;
 mod stand_in;
+mod sum;
 mod transfer;
 
 use forebay_kernels::cuda::{DeviceBuffer, HostBuffer, Plain, Stream};
