@@ -165,6 +165,11 @@ impl SharedArena {
         })
     }
 
+    /// How many granules the first `positions` of a slot lie in.
+    pub fn granules(&self, slot: u32, positions: u32) -> usize {
+        self.backing.touched(slot, positions).len()
+    }
+
     /// Has the first `positions` of a slot mapped, which lie in these granules by what the owner says. `fetch` gets descriptors of
     /// those that are not mapped yet, up to `batch` at once, in order.
     ///
@@ -255,7 +260,7 @@ impl SharedArena {
         let used = mapped.time;
         mapped.granules.insert(granule.at, MappedGranule { memory: granule.memory, users: 0, used });
         allow(&self.device, self.base, at..at + 1, self.granule)
-            .inspect_err(|_| drop(self.unmap(mapped, granule.at)))
+            .inspect_err(|_| _ = self.unmap(mapped, granule.at))
     }
 
     fn unmap(&self, mapped: &mut Mapped, at: u32) -> Result<(), DeviceError> {

@@ -19,7 +19,10 @@ pub mod quantize;
 pub mod random_checkpoint;
 pub mod sim;
 
-use forebay_kernels::Region;
+use forebay_kernels::{
+    Region,
+    cuda::{Arena, SharedSlot},
+};
 use forebay_schemas::{
     kv::{KvLayout, LayoutHash, TokenRange},
     sampling::Sampling,
@@ -117,6 +120,20 @@ pub trait KvMover: Send + Sync {
         planes: Range<u32>,
         beside: &mut dyn FnMut(),
     ) -> Result<(), EngineError>;
+
+    /// The same of all planes, from another process's memory of a GPU. Returns the sums of what has arrived, as a
+    /// [`KvHandle`] has them.
+    ///
+    /// [`KvHandle`]: forebay_schemas::kv::KvHandle
+    fn load_from_gpu(
+        &self,
+        from: &SharedSlot,
+        slot: u32,
+        tokens: TokenRange,
+    ) -> Result<Vec<u64>, EngineError>;
+
+    /// The memory that the engine computes on.
+    fn arena(&self) -> &Arc<Arena>;
 }
 
 /// A slot of another worker's region, mapped here.
