@@ -15,9 +15,9 @@ use std::{
 /// Transports by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Transport {
-    /// Shared memory between workers on one host; otherwise `nixl` where both have it, and `tcp` where not.
+    /// Between workers on one host from GPU to GPU where both ends can, or shared memory; otherwise `nixl` where both have it, and `tcp` where not.
     Auto,
-    /// Shared memory only.
+    /// Shared memory of the host only.
     Shm,
     /// NIXL only, even on one host. Needs a build with the feature `nixl`.
     Nixl,

@@ -13,6 +13,7 @@ typedef unsigned long long u64;
 #define THREAD threadIdx.x
 #define THREADS blockDim.x
 #define BLOCK blockIdx.x
+#define BLOCKS gridDim.x
 #define SYNC() __syncthreads()
 #define ADD(at, value) atomicAdd(at, value)
 #define MIN(at, value) atomicMin(at, value)

@@ -10,14 +10,18 @@ mod device;
 mod draw;
 mod memory;
 mod rows;
+mod shared;
+mod sum;
 mod transfer;
 
 pub use arena::{Arena, GrowError};
 pub use compile::{CompileError, Compiler, SOURCES, Source, preload};
-pub use device::{Device, DeviceError, DeviceFacts, Mark, NoDevice, Stream};
+pub use device::{Device, DeviceError, DeviceFacts, DeviceUuid, Mark, NoDevice, Stream};
 pub use memory::{DeviceBuffer, HostBuffer, PinBudget, PinnedRegion, Plain};
 pub use rows::{Drawn, RowDraws, Told};
-pub use transfer::{Direction, HostSlot, Kernels, LoadError};
+pub use shared::{ShareError, SharedArena, SharedGranule, SharedSlot};
+pub use sum::Sums;
+pub use transfer::{Direction, HostSlot, Kernels, LoadError, OtherSlot};
 
 use crate::{
     adjust::Penalties,

@@ -4,6 +4,7 @@
 
 mod adjust;
 mod copy;
+mod crc;
 pub mod cuda;
 mod region;
 mod sampler;
@@ -13,6 +14,7 @@ mod words;
 
 pub use adjust::{Adjustments, Normalizer, Penalties, TokenAdjustment, adjust, most_probable};
 pub use copy::{Checksum, checksum, copy_summed};
+pub use crc::{join, stretch_sums};
 pub use region::{Region, RegionError};
 pub use sampler::{NotFinite, exp, sample};
 pub use socket::{receive, send};

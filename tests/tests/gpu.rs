@@ -1,4 +1,4 @@
-//! Workers on GPUs: KV goes from one GPU's memory through a region to another's, and no token changes. Without a GPU, processes
+//! Workers on GPUs: KV goes from one GPU's memory to another's, straight or through a region, and no token changes. Without a GPU, processes
 //! have the stand-in of `kernels/tests/cuda/driver.c` for a driver, and the graph runs on the processor.
 
 #[allow(dead_code)]
@@ -7,6 +7,7 @@ mod stand_in;
 
 use forebay_schemas::{
     event::{Body, ReleaseCause},
+    ids::RequestId,
     lifecycle::Lifecycle,
     task::Role,
 };
@@ -34,6 +35,16 @@ async fn deployment() -> Option<(Deployment, TempDir)> {
 
 async fn on_gpu(deployment: &Deployment, role: Role) -> Worker {
     deployment.worker(role, &FLAGS).await
+}
+
+/// Over which transports KV was read for a request.
+async fn transports(deployment: &Deployment, request: RequestId) -> Vec<String> {
+    let transport = |body: Body| match body {
+        Body::KvTransferred(transferred) => Some(transferred.transport),
+        _ => None,
+    };
+    let events = deployment.events(request).await;
+    events.into_iter().filter_map(|recorded| transport(recorded.event.body)).collect()
 }
 
 fn chat() -> Chat {
@@ -69,13 +80,40 @@ async fn kv_goes_from_gpu_to_gpu_and_into_the_prefix_cache() {
     let events = deployment.events(remote.request).await;
     let pieces = events.iter().filter(|recorded| matches!(recorded.event.body, Body::KvReady(_))).count();
     assert!(pieces > 1, "the prompt is read in pieces");
-    assert!(events.iter().any(|recorded| matches!(recorded.event.body, Body::KvTransferred(_))));
+    assert_eq!(transports(&deployment, remote.request).await, ["cuda"]);
     // The decode worker has the prompt now, and its own prefix cache.
     let again = asked(&deployment, &gateway, &chat()).await;
     assert!(again.cached_tokens >= 32, "{} tokens were cached", again.cached_tokens);
     if is_exact() {
         assert_eq!((&remote.tokens, &again.tokens), (&expected.tokens, &expected.tokens));
     }
+    deployment.all_slots_free().await;
+}
+
+/// Over the host's pinned memory, to who may not read GPUs; and from one GPU's memory to another GPU.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kv_comes_to_any_gpu_by_the_way_that_is_open() {
+    let Some((mut deployment, _folder)) = deployment().await else { return };
+    deployment.set("FOREBAY_CHUNK", "32");
+    deployment.set("FOREBAY_MAX_LOCAL_PREFILL_LENGTH", "8");
+    deployment.set("FOREBAY_CACHE_GIB", "0");
+    let gateway = deployment.gateway(&[]).await;
+    let _prefill = on_gpu(&deployment, Role::Prefill).await;
+    let mut found = Vec::new();
+    let mut other = FLAGS.map(str::to_owned);
+    other[1] = if is_exact() { "cuda:1" } else { "cuda:0" }.to_owned();
+    let pinned = FLAGS.map(str::to_owned).into_iter().chain(["--kv-transport", "shm"].map(str::to_owned));
+    for (flags, expected) in [(pinned.collect(), "shm"), (other.to_vec(), "cuda")] {
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let mut decode = deployment.worker(Role::Decode, &flags).await;
+        let state = asked(&deployment, &gateway, &chat()).await;
+        assert_eq!(transports(&deployment, state.request).await, [expected]);
+        found.push(state.tokens);
+        decode.terminate();
+        assert!(decode.process.ended().await.success());
+        deployment.gone(&decode.id).await;
+    }
+    assert!(!is_exact() || found[0] == found[1], "{found:?}");
     deployment.all_slots_free().await;
 }
 
@@ -107,7 +145,7 @@ async fn a_sequence_leaves_a_gpu_with_its_kv() {
         _ => false,
     };
     assert!(events.iter().any(|recorded| handed_over(&recorded.event.body)));
-    assert!(events.iter().any(|recorded| matches!(recorded.event.body, Body::KvTransferred(_))));
+    assert_eq!(transports(&deployment, request).await, ["cuda"]);
     if is_exact() {
         assert_eq!(state.tokens, undisturbed.tokens);
     }

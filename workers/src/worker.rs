@@ -193,14 +193,28 @@ pub async fn run(
     let leases = Leases::create(layout.slots)?;
     let cache = BlockCache::new(&layout, config.cache_bytes)?;
     let kv = (runner.kv().clone(), layout, layout_hash);
-    let owner = shm::ShmOwner::listen(&config.socket_folder, &id, incarnation, kv.clone(), leases.clone())
-        .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
+    let arena = runner.mover().map(|mover| mover.arena().clone());
+    let owner = shm::ShmOwner::listen(
+        &config.socket_folder,
+        &id,
+        incarnation,
+        kv.clone(),
+        leases.clone(),
+        arena.as_ref(),
+    )
+    .map_err(|source| WorkerError::Socket { folder: config.socket_folder.clone(), source })?;
     let serve = |listen: &TcpListen| {
         TcpOwner::listen(listen, &id, incarnation, kv, leases.clone())
             .map_err(|source| WorkerError::Listen { address: listen.address, source })
     };
     let tcp_owner = config.kv.listen.as_ref().map(serve).transpose()?;
     let nixl_owner = serve_over_nixl(&mut config.kv, tcp_owner.as_ref(), runner.kv())?;
+    let mut peers = KvPeers::new(layout_hash, &config.kv);
+    if let Some(arena) = &arena {
+        peers = peers.on_gpu(arena.device());
+    }
+    // Its memory is the engine's, and goes with it.
+    drop(arena);
     streams.tasks.ensure(&model.key).await?;
     streams.catalog.publish_model(&model).await?;
     let eos: Arc<[u32]> = model.eos_token_ids.clone().into();
@@ -220,7 +234,7 @@ pub async fn run(
         slots: SlotPool::new(layout.slots),
         leases,
         cache,
-        peers: KvPeers::new(layout_hash, &config.kv),
+        peers,
         stop: stop.clone(),
         grace_over: CancellationToken::new(),
         has_own_queue: AtomicBool::new(false),

@@ -7,24 +7,36 @@ mod stand_in;
 
 use forebay_kernels::{Adjustments, Region};
 use forebay_schemas::{
+    card::WorkerLease,
+    ids::{ModelKey, WorkerId},
     kv::{KvHandle, KvLayout, TokenRange},
     sampling::Sampling,
+    task::Role,
 };
 use forebay_workers::{
     engine::{
-        Draw, Engine, EngineError, KvType, PeerSlot, Row, Sampled,
+        Draw, Engine, EngineCard, EngineError, KvType, PeerSlot, Row, Sampled,
         calibrate::measure,
         checkpoint::{Checkpoint, KvRanges},
         cuda::{CudaEngine, CudaOptions, Provider},
         graph::Precision,
         onnx::{OnnxEngine, OnnxOptions, OpenError},
     },
+    kv::{
+        Choice, FROM_GPU, KvOptions, KvPeers, KvRead, Leases, ReadError, Sealed,
+        shm::{ShmOwner, host_id},
+        sums,
+    },
     logits::LogitsProcessors,
     runner::{Output, Runner},
     scheduler::{Budget, Sequence},
 };
 use parity_support::{CASES, Reference, alone, continued, dir, greedy, logits_apart, open};
-use std::sync::Arc;
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tempfile::TempDir;
 
 fn options() -> CudaOptions {
     let device = stand_in::device();
@@ -250,6 +262,177 @@ fn kv_is_moved_through_the_regions() {
     }
     assert_eq!(beside, KvHandle::groups(&from.geometry));
     assert_eq!(continued(&mut second, 3, prompt.len(), token, 30), expected);
+}
+
+const LEASE: Duration = Duration::from_secs(10);
+
+/// An engine whose KV others on this host read.
+struct Owner {
+    engine: CudaEngine,
+    leases: Leases,
+    lease: WorkerLease,
+    shm: Option<ShmOwner>,
+    _folder: TempDir,
+}
+
+impl Owner {
+    fn new(engine: CudaEngine) -> Owner {
+        let EngineCard { layout, layout_hash, .. } = *engine.card();
+        let (folder, leases) = (tempfile::tempdir().unwrap(), Leases::create(layout.slots).unwrap());
+        let mut lease =
+            WorkerLease::of(WorkerId::new("prefill-test").unwrap(), Role::Prefill, ModelKey::of("m"));
+        let (kv, mover) = ((engine.kv().clone(), layout, layout_hash), engine.mover().unwrap());
+        let arena = Some(mover.arena());
+        let shm = ShmOwner::listen(folder.path(), &lease.worker, 7, kv, leases.clone(), arena).unwrap();
+        lease = WorkerLease {
+            incarnation: 7,
+            layout_hash,
+            slots: layout.slots,
+            host: host_id(),
+            kv_socket: shm.path().display().to_string(),
+            ..lease
+        };
+        Owner { engine, leases, lease, shm: Some(shm), _folder: folder }
+    }
+
+    /// What an event would say of a slot's positions.
+    fn handle(&self, sealed: &Sealed, slot: u32, tokens: TokenRange) -> KvHandle {
+        let EngineCard { layout, layout_hash, .. } = *self.engine.card();
+        self.engine.mover().unwrap().save(slot, tokens).unwrap();
+        KvHandle {
+            agent: self.lease.worker.clone(),
+            incarnation: self.lease.incarnation,
+            layout,
+            layout_hash,
+            slot,
+            generation: sealed.generation(),
+            tokens,
+            checksums: sums(self.engine.kv(), &layout, slot, tokens),
+            lease_remaining_ms: 10_000,
+            capability: sealed.capability(),
+        }
+    }
+}
+
+fn peers(engine: &CudaEngine, choice: Choice) -> KvPeers {
+    let options = KvOptions { choice, ..KvOptions::default() };
+    KvPeers::new(engine.card().layout_hash, &options).on_gpu(engine.device())
+}
+
+/// From one engine's memory to another's, chunk by chunk: the same tokens, and no byte of it in the reader's region.
+#[tokio::test]
+async fn kv_goes_from_gpu_to_gpu() {
+    let case = CASES[1];
+    let prompt = &Reference::read(case).prompts[1].ids;
+    let (mut first, mut second) = (on_gpu(case), on_gpu(case));
+    let expected = alone(&mut first, 2, prompt, 30);
+    let token = first.prefill(2, 0, prompt, Some(greedy(0))).unwrap().unwrap().token;
+    let (owner, count) = (Owner::new(first), prompt.len() as u32);
+    let sealed = owner.leases.seal(2, LEASE);
+    let parts = [TokenRange { start: 0, count: 3 }, TokenRange { start: 3, count: count - 3 }];
+    let handles = parts.map(|tokens| owner.handle(&sealed, 2, tokens));
+    let peers = peers(&second, Choice::Auto);
+    let way = peers.transport(&handles[0], Some(&owner.lease)).unwrap();
+    let mut read = KvRead::begin(way, &handles[0]).unwrap();
+    second.reserve(3, count).unwrap();
+    let (mover, layout) = (second.mover().unwrap(), second.card().layout);
+    let before = sums(second.kv(), &layout, 3, TokenRange { start: 0, count });
+    for handle in &handles {
+        let from = read.mapped_gpu(handle).expect("both ends can");
+        read.piece_on_gpu(handle, &layout, || mover.load_from_gpu(&from, 3, handle.tokens)).unwrap();
+    }
+    assert_eq!((read.transport(), read.report().tokens), (FROM_GPU, count));
+    assert_eq!(sums(second.kv(), &layout, 3, TokenRange { start: 0, count }), before);
+    assert_eq!(continued(&mut second, 3, prompt.len(), token, 30), expected);
+    drop(read);
+    assert_eq!(owner.leases.held(), 0, "it was given back");
+}
+
+/// What is read from GPU to GPU is what was sealed, or an error.
+#[tokio::test]
+async fn what_comes_from_a_gpu_is_checked() {
+    let case = CASES[0];
+    let prompt = &Reference::read(case).prompts[1].ids;
+    let (mut first, mut second) = (on_gpu(case), on_gpu(case));
+    let tokens = TokenRange { start: 0, count: prompt.len() as u32 };
+    first.prefill(1, 0, prompt, Some(greedy(0))).unwrap();
+    let owner = Owner::new(first);
+    let sealed = Mutex::new(Some(owner.leases.seal(1, LEASE)));
+    let handle = owner.handle(sealed.lock().unwrap().as_ref().unwrap(), 1, tokens);
+    second.reserve(0, tokens.count).unwrap();
+    let (mover, layout) = (second.mover().unwrap(), second.card().layout);
+    let peers = peers(&second, Choice::Auto);
+    let way = peers.transport(&handle, Some(&owner.lease)).unwrap();
+    let mut read = KvRead::begin(way, &handle).unwrap();
+    let from = read.mapped_gpu(&handle).unwrap();
+    let mut copied = |handle: &KvHandle, meanwhile: &dyn Fn()| {
+        read.piece_on_gpu(handle, &layout, || {
+            let sums = mover.load_from_gpu(&from, 0, tokens);
+            meanwhile();
+            sums
+        })
+    };
+    copied(&handle, &|| ()).unwrap();
+    let mut other = handle.clone();
+    other.checksums[0] ^= 1;
+    let error = copied(&other, &|| ()).unwrap_err();
+    assert!(matches!(error, ReadError::Corrupt { group: 0, .. }), "{error}");
+    // The slot is used again under the reader.
+    let error = copied(&handle, &|| drop(sealed.lock().unwrap().take())).unwrap_err();
+    assert!(matches!(error, ReadError::LeaseOver { .. }), "{error}");
+    assert_eq!(read.report().tokens, tokens.count);
+}
+
+/// Where memory is not to be had from an owner's GPU, a read says so before it copies, and the region is there.
+#[tokio::test]
+async fn memory_of_a_gpu_is_given_to_who_has_a_lease() {
+    let case = CASES[0];
+    let prompt = &Reference::read(case).prompts[1].ids;
+    let (mut first, second) = (on_gpu(case), on_gpu(case));
+    let tokens = TokenRange { start: 0, count: prompt.len() as u32 };
+    for slot in [1, 2] {
+        first.prefill(slot, 0, prompt, Some(greedy(0))).unwrap();
+    }
+    let mut owner = Owner::new(first);
+    let sealed = owner.leases.seal(1, LEASE);
+    let handle = owner.handle(&sealed, 1, tokens);
+    let auto = peers(&second, Choice::Auto);
+    let has = |peers: &KvPeers, handle: &KvHandle, owner: &Owner| {
+        let way = peers.transport(handle, Some(&owner.lease)).unwrap();
+        assert!(way.mapped(&KvHandle { slot: 1, ..handle.clone() }).is_some(), "the region is there");
+        way.mapped_gpu(handle).is_some()
+    };
+    let forged = |change: &dyn Fn(&mut KvHandle)| {
+        let mut forged = handle.clone();
+        change(&mut forged);
+        forged
+    };
+    let refused = [
+        forged(&|handle| handle.generation += 1),
+        forged(&|handle| handle.capability ^= 1),
+        // Under no lease, and with no memory.
+        forged(&|handle| handle.slot = 2),
+        forged(&|handle| handle.slot = 3),
+        forged(&|handle| handle.tokens.count = 0),
+    ];
+    for refused in &refused {
+        assert!(!has(&auto, refused, &owner), "{refused:?}");
+        // The connection stands.
+        assert!(has(&auto, &handle, &owner));
+    }
+    assert!(!has(&peers(&second, Choice::Shm), &handle, &owner), "it is not asked for");
+    // The owner's memory is another sequence's by now.
+    owner.engine.release(1);
+    assert!(!has(&auto, &handle, &owner));
+    owner.engine.prefill(1, 0, prompt, Some(greedy(0))).unwrap();
+    assert!(has(&auto, &handle, &owner));
+    // When the owner is gone, its memory is given up.
+    drop(owner.shm.take());
+    let give_up = Instant::now() + Duration::from_secs(10);
+    while has(&auto, &handle, &owner) {
+        assert!(Instant::now() < give_up, "the reader has not noticed");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// What the region has of a slot's first positions.

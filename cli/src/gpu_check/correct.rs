@@ -6,7 +6,7 @@ use forebay_kernels::{
     Adjustments, Normalizer, Penalties, Region, adjust,
     cuda::{
         Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, Kernels, PinBudget, PinnedRegion, RowDraws,
-        Stream,
+        SharedArena, SharedSlot, Stream,
     },
     most_probable, sample,
 };
@@ -21,6 +21,7 @@ use forebay_workers::engine::{
     graph::Precision,
     onnx::{OnnxEngine, OnnxOptions},
 };
+use forebay_workers::kv::sums;
 use std::sync::Arc;
 use tokenizers::Tokenizer;
 
@@ -52,8 +53,7 @@ pub(super) fn check(
         ..OnnxOptions::default()
     };
     let mut cpu = OnnxEngine::with_checkpoint(checkpoint, &options)?;
-    let mut cpu_int8 =
-        OnnxEngine::with_checkpoint(checkpoint, &OnnxOptions { kv: KvType::Int8, ..options })?;
+    let mut cpu_int8 = OnnxEngine::with_checkpoint(checkpoint, &OnnxOptions { kv: KvType::Int8, ..options })?;
     let mut gpu_int8 = setting.engine(checkpoint, |options| {
         options.positions = longest as u32;
         options.kv = KvType::Int8;
@@ -70,6 +70,11 @@ pub(super) fn check(
     })?;
     report.check("a replayed graph computes what its steps compute", replay(&mut gpu, &mut eager, &prompts));
     report.check("another engine goes on with KV that was moved", moved(&mut gpu, &mut eager, &prompts[0]));
+    let what = "another engine goes on with KV from this one's memory, and sums it as the CPU does";
+    match gpu.mover().and_then(|mover| mover.arena().shared_granule()) {
+        Some(_) => report.check(what, moved_on_gpu(&mut gpu, &mut eager, &prompts[0])),
+        None => report.tell(what, "this driver gives memory to no other process"),
+    }
     Ok(())
 }
 
@@ -288,6 +293,36 @@ fn moved(first: &mut dyn Engine, second: &mut dyn Engine, prompt: &[u32]) -> any
     go_on(second, 1, prompt.len(), &mut found)?;
     ensure!(found == expected, "{found:?} and not {expected:?}");
     Ok(format!("{} tokens are the same", expected.len()))
+}
+
+/// The same without the way over the host: memory of one engine's is exported, mapped again and read there.
+fn moved_on_gpu(first: &mut dyn Engine, second: &mut dyn Engine, prompt: &[u32]) -> anyhow::Result<String> {
+    let expected = answer(first, 2, prompt)?;
+    let tokens = TokenRange { start: 0, count: prompt.len() as u32 };
+    let (Some(from), Some(into)) = (first.mover(), second.mover()) else {
+        anyhow::bail!("there is nothing to move")
+    };
+    from.save(2, tokens)?;
+    let shared = map(from.arena(), 2, tokens.count)?;
+    second.reserve(2, tokens.count)?;
+    let found = into.load_from_gpu(&shared, 2, tokens)?;
+    ensure!(found == sums(first.kv(), &first.card().layout, 2, tokens), "the sums differ: {found:x?}");
+    let mut tokens = vec![expected[0]];
+    go_on(second, 2, prompt.len(), &mut tokens)?;
+    ensure!(tokens == expected, "{tokens:?} and not {expected:?}");
+    Ok(format!("{} tokens and {} sums are the same", expected.len(), found.len()))
+}
+
+/// The first positions of a slot, mapped once more, as another process would.
+pub(super) fn map(arena: &Arc<Arena>, slot: u32, positions: u32) -> anyhow::Result<SharedSlot> {
+    let granule = arena.shared_granule().context("this driver gives memory to no other process")?;
+    let granules = arena.shared(slot, positions).context("the slot has no memory")?;
+    let of = (arena.device().uuid(), granule);
+    let shared = Arc::new(SharedArena::new(arena.device(), of, *arena.layout(), granules.len())?);
+    shared.slot((slot, positions), &granules, 64, |granules| {
+        let export = |granule| arena.export(granule)?.context("a granule has moved");
+        granules.iter().copied().map(export).collect::<anyhow::Result<_>>()
+    })
 }
 
 fn buffer<T: forebay_kernels::cuda::Plain>(stream: &Stream, data: &[T]) -> anyhow::Result<DeviceBuffer<T>> {

@@ -1,12 +1,12 @@
 //! How fast a GPU is: against what it could be at best, measured in the same run.
 
-use super::{Setting, report::Report};
+use super::{Setting, correct::map, report::Report};
 use anyhow::{Context, bail};
 use forebay_kernels::{
     Region,
-    cuda::{Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, PinBudget, PinnedRegion},
+    cuda::{Arena, DeviceBuffer, Direction, HostBuffer, HostSlot, PinBudget, PinnedRegion, Sums},
 };
-use forebay_schemas::kv::{KvDtype, KvGeometry, KvLayout, TokenRange};
+use forebay_schemas::kv::{KvDtype, KvGeometry, KvHandle, KvLayout, TokenRange};
 use forebay_workers::engine::{
     Draw, Engine, KvMover, Row,
     checkpoint::{Checkpoint, ModelConfig},
@@ -58,6 +58,7 @@ pub(super) fn measure(setting: &Setting, shapes: &[String], report: &mut Report)
         report.tell("products of 8192 × 8192 matrices in bf16", &format!("{:.0} TFLOP/s", matmul / 1e12));
     }
     pinned_copies(setting, report)?;
+    copies_on_gpu(setting, report)?;
     for name in shapes {
         let Some(shape) = known.iter().find(|shape| shape.name == name) else {
             bail!("--shapes {name}: 0.6b or 8b")
@@ -115,13 +116,66 @@ fn copy_bandwidth(setting: &Setting) -> anyhow::Result<f64> {
     Ok(2.0 * bytes as f64 / time)
 }
 
-/// The way of a prompt's KV between the GPU and a pinned region, against one plain copy of as many pinned bytes.
-fn pinned_copies(setting: &Setting, report: &mut Report) -> anyhow::Result<()> {
+/// A slot of the 8b shape with a prompt's KV.
+fn prompt_layout(setting: &Setting) -> KvLayout {
     let stand_in = setting.provider == Provider::Cpu;
     let layers = if stand_in { 1 } else { 36 };
     let geometry = KvGeometry { layers, kv_heads: 8, head_dim: 128, dtype: KvDtype::Bf16 };
-    let tokens = TokenRange { start: 0, count: if stand_in { 64 } else { PROMPT } };
-    let layout = KvLayout { geometry, slots: 1, positions: tokens.count };
+    KvLayout { geometry, slots: 1, positions: if stand_in { 64 } else { PROMPT } }
+}
+
+/// The way of a prompt's KV from another arena's memory, mapped as another process would, against one plain copy of as many bytes;
+/// and how fast it is summed.
+fn copies_on_gpu(setting: &Setting, report: &mut Report) -> anyhow::Result<()> {
+    let layout = prompt_layout(setting);
+    let tokens = TokenRange { start: 0, count: layout.positions };
+    let (device, bytes) = (&setting.device, layout.region_bytes());
+    let stream = device.stream()?;
+    let arena = || Arena::new(device, layout, bytes + (256 << 20));
+    let (source, target) = (Arc::new(arena()?), arena()?);
+    if source.shared_granule().is_none() {
+        report.tell("KV from GPU to GPU", "this driver gives memory to no other process");
+        return Ok(());
+    }
+    source.grow(0, tokens.count)?;
+    target.grow(0, tokens.count)?;
+    let [from, into] = [(); 2].map(|()| DeviceBuffer::<u8>::new(device, bytes));
+    let (from, into) = (from?, into?);
+    let plain = seconds(10, || {
+        stream.copy_within(&from, &into)?;
+        Ok(stream.synchronize()?)
+    })?;
+    let begun = Instant::now();
+    let shared = map(&source, 0, tokens.count)?;
+    let mapping = begun.elapsed().as_secs_f64();
+    let planes = 0..2 * layout.geometry.layers;
+    let moved = seconds(10, || {
+        let kernels = &setting.kernels;
+        stream.move_kv(kernels, Direction::In, (&target, 0), &shared, tokens, planes.clone())?;
+        Ok(stream.synchronize()?)
+    })?;
+    let mut sums = Sums::new(device, &layout)?;
+    let summed = seconds(10, || {
+        stream.sum_kv(&setting.kernels, (&target, 0), tokens, &mut sums)?;
+        Ok(sums.of_groups(KvHandle::PLANES_PER_CHECKSUM).map(drop)?)
+    })?;
+    let rate = |time: f64| bytes as f64 / time / 1e9;
+    let text = format!("{:.0} of {:.0} GB/s", rate(moved), rate(plain));
+    report.at_least(
+        "KV from another arena of this GPU, of a plain copy within it",
+        0.8,
+        plain / moved,
+        &text,
+    );
+    report.tell("sums of KV on the GPU", &format!("{:.0} GB/s", rate(summed)));
+    report.tell("mapping a slot of another arena, once", &format!("{:.1} ms", mapping * 1e3));
+    Ok(())
+}
+
+/// The way of a prompt's KV between the GPU and a pinned region, against one plain copy of as many pinned bytes.
+fn pinned_copies(setting: &Setting, report: &mut Report) -> anyhow::Result<()> {
+    let layout = prompt_layout(setting);
+    let (tokens, layers) = (TokenRange { start: 0, count: layout.positions }, layout.geometry.layers);
     let stream = setting.device.stream()?;
     let arena = Arena::new(&setting.device, layout, layout.region_bytes() + (256 << 20))?;
     arena.grow(0, tokens.count)?;

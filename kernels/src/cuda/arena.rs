@@ -8,7 +8,10 @@ use super::{
 };
 use cudarc::driver::sys;
 use forebay_schemas::kv::KvLayout;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// Why a slot could not grow.
 #[derive(Debug, thiserror::Error)]
@@ -35,31 +38,37 @@ pub enum GrowError {
 pub struct Arena {
     device: Device,
     base: sys::CUdeviceptr,
-    granule: usize,
+    pub(super) granule: usize,
+    /// Whether its memory can be given to other processes.
+    pub(super) exports: bool,
     layout: KvLayout,
     memory: Mutex<Memory>,
 }
 
 #[derive(Debug)]
-struct Memory {
-    backing: Backing,
+pub(super) struct Memory {
+    pub(super) backing: Backing,
     /// What each granule lies over.
-    handles: Vec<Handle>,
+    pub(super) handles: Vec<Handle>,
     scratch: Handle,
     /// A call of the driver failed half way.
     broken: bool,
 }
 
 /// Memory of one granule.
-type Handle = Arc<Granule>;
+pub(super) type Handle = Arc<Granule>;
 
 #[derive(Debug)]
-struct Granule(sys::CUmemGenericAllocationHandle);
+pub(super) struct Granule {
+    pub(super) memory: sys::CUmemGenericAllocationHandle,
+    /// Unlike that of any other memory of this process, before or after.
+    pub(super) id: u64,
+}
 
 impl Drop for Granule {
     fn drop(&mut self) {
         // SAFETY: it was made, and is no longer mapped by the one who held it.
-        let _ = unsafe { sys::cuMemRelease(self.0).result() };
+        let _ = unsafe { sys::cuMemRelease(self.memory).result() };
     }
 }
 
@@ -68,6 +77,11 @@ impl Arena {
     pub fn new(device: &Device, layout: KvLayout, bytes: usize) -> Result<Arena, DeviceError> {
         device.bind()?;
         let granule = granularity(device)?;
+        // A driver that says it can may still be kept from it, by a sandbox perhaps.
+        let (scratch, exports) = match make(device, granule, device.exports) {
+            Err(_) if device.exports => (make(device, granule, false)?, false),
+            scratch => (scratch?, device.exports),
+        };
         let backing = Backing::new(layout, granule, bytes / granule);
         let granules = backing.granules();
         let mut base = 0;
@@ -78,19 +92,15 @@ impl Arena {
             device: device.clone(),
             base,
             granule,
+            exports,
             layout,
-            memory: Mutex::new(Memory {
-                backing,
-                handles: Vec::new(),
-                scratch: make(device, granule)?,
-                broken: false,
-            }),
+            memory: Mutex::new(Memory { backing, handles: Vec::new(), scratch, broken: false }),
         };
         let memory = arena.memory.get_mut().unwrap_or_else(PoisonError::into_inner);
         // On an error the arena is dropped, which unmaps what is mapped.
         for at in 0..granules {
             // SAFETY: the granule is reserved, and nothing is mapped there.
-            unsafe { map(base, at, granule, &memory.scratch)? };
+            unsafe { map(base, at, granule, memory.scratch.memory)? };
             memory.handles.push(memory.scratch.clone());
         }
         arena.allow(0..granules)?;
@@ -139,7 +149,9 @@ impl Arena {
         self.device.bind()?;
         // First what may fail for want of memory: nothing is changed then.
         let new = plan.change.backed.len() - plan.change.taken.len();
-        let made = (0..new).map(|_| make(&self.device, self.granule)).collect::<Result<Vec<_>, _>>()?;
+        let made = (0..new)
+            .map(|_| make(&self.device, self.granule, self.exports))
+            .collect::<Result<Vec<_>, _>>()?;
         let outcome = self.apply(&mut memory, made, &plan.change);
         // What was half done can't be told from what was done: nothing grows any more.
         memory.broken = outcome.is_err();
@@ -179,21 +191,16 @@ impl Arena {
         // SAFETY: the granule is mapped, and the caller says that nothing uses it.
         unsafe { sys::cuMemUnmap(address, self.granule).result() }.doing("unmapping memory")?;
         // SAFETY: nothing is mapped there any more.
-        unsafe { map(self.base, at, self.granule, &handle)? };
+        unsafe { map(self.base, at, self.granule, handle.memory)? };
         Ok(std::mem::replace(&mut memory.handles[at], handle))
     }
 
     /// Lets the GPU read and write granules.
     fn allow(&self, granules: std::ops::Range<usize>) -> Result<(), DeviceError> {
-        let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-        let access = sys::CUmemAccessDesc { location: self.device.location(), flags };
-        let (start, bytes) = (granules.start * self.granule, granules.len() * self.granule);
-        // SAFETY: the granules are mapped, and the description is valid.
-        unsafe { sys::cuMemSetAccess(self.base + start as u64, bytes, &access, 1).result() }
-            .doing("allowing access to memory")
+        allow(&self.device, self.base, granules, self.granule)
     }
 
-    fn memory(&self) -> MutexGuard<'_, Memory> {
+    pub(super) fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -212,10 +219,31 @@ impl Drop for Arena {
     }
 }
 
-fn properties(device: &Device) -> sys::CUmemAllocationProp {
+/// Lets a GPU read and write granules, which are mapped.
+pub(super) fn allow(
+    device: &Device,
+    base: u64,
+    granules: std::ops::Range<usize>,
+    granule: usize,
+) -> Result<(), DeviceError> {
+    let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    let access = sys::CUmemAccessDesc { location: device.location(), flags };
+    let start = base + (granules.start * granule) as u64;
+    // SAFETY: the description is valid, and the driver refuses what is not mapped.
+    unsafe { sys::cuMemSetAccess(start, granules.len() * granule, &access, 1).result() }
+        .doing("allowing access to memory")
+}
+
+type Kind = sys::CUmemAllocationHandleType;
+
+/// As what memory is exported.
+pub(super) const DESCRIPTOR: Kind = Kind::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+
+/// What granules are: memory of a GPU that other processes can be given, or not.
+fn properties(device: &Device, exports: bool) -> sys::CUmemAllocationProp {
     sys::CUmemAllocationProp {
         type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-        requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
+        requestedHandleTypes: if exports { DESCRIPTOR } else { Kind::CU_MEM_HANDLE_TYPE_NONE },
         location: device.location(),
         win32HandleMetaData: std::ptr::null_mut(),
         allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
@@ -227,27 +255,36 @@ fn properties(device: &Device) -> sys::CUmemAllocationProp {
     }
 }
 
-fn granularity(device: &Device) -> Result<usize, DeviceError> {
+pub(super) fn granularity(device: &Device) -> Result<usize, DeviceError> {
     let mut granule = 0;
     let minimum = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
     // SAFETY: pointers are valid for the call.
-    unsafe { sys::cuMemGetAllocationGranularity(&mut granule, &properties(device), minimum).result() }
-        .doing("asking for the size of granules")?;
+    unsafe {
+        sys::cuMemGetAllocationGranularity(&mut granule, &properties(device, device.exports), minimum)
+            .result()
+    }
+    .doing("asking for the size of granules")?;
     Ok(granule)
 }
 
-fn make(device: &Device, granule: usize) -> Result<Handle, DeviceError> {
-    let mut handle = 0;
+fn make(device: &Device, granule: usize, exports: bool) -> Result<Handle, DeviceError> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let mut memory = 0;
     // SAFETY: pointers are valid for the call; what it makes is kept, and released once.
-    unsafe { sys::cuMemCreate(&mut handle, granule, &properties(device), 0).result() }
+    unsafe { sys::cuMemCreate(&mut memory, granule, &properties(device, exports), 0).result() }
         .doing("allocating KV")?;
-    Ok(Arc::new(Granule(handle)))
+    Ok(Arc::new(Granule { memory, id: NEXT.fetch_add(1, Ordering::Relaxed) }))
 }
 
 /// # Safety
-/// The granule is reserved, and nothing is mapped there.
-unsafe fn map(base: u64, at: usize, granule: usize, handle: &Handle) -> Result<(), DeviceError> {
+/// The granule is reserved, nothing is mapped there, and the memory is of one granule.
+pub(super) unsafe fn map(
+    base: u64,
+    at: usize,
+    granule: usize,
+    memory: sys::CUmemGenericAllocationHandle,
+) -> Result<(), DeviceError> {
     let address = base + (at * granule) as u64;
-    // SAFETY: as the caller says; the handle is of one granule.
-    unsafe { sys::cuMemMap(address, granule, 0, handle.0, 0).result() }.doing("mapping memory")
+    // SAFETY: as the caller says.
+    unsafe { sys::cuMemMap(address, granule, 0, memory, 0).result() }.doing("mapping memory")
 }

@@ -63,6 +63,11 @@ impl Backing {
         self.most = most;
     }
 
+    /// Whether the first `positions` of a slot are backed.
+    pub(super) fn is_backed(&self, slot: u32, positions: u32) -> bool {
+        positions <= self.positions[slot as usize]
+    }
+
     /// Granules that a whole slot touches, of those slots the one that touches most.
     pub(super) fn granules_of_a_slot(&self) -> usize {
         let slots = 0..self.layout.slots;
@@ -130,7 +135,8 @@ impl Backing {
         new
     }
 
-    fn touched(&self, slot: u32, positions: u32) -> Vec<usize> {
+    /// Granules that the first `positions` of a slot touch, in order.
+    pub(super) fn touched(&self, slot: u32, positions: u32) -> Vec<usize> {
         let layout = &self.layout;
         let tokens = forebay_schemas::kv::TokenRange { start: 0, count: positions };
         let mut touched = Vec::new();

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 use std::{fmt, sync::Arc};
 
 /// The oldest CUDA that a driver must be for, as the driver counts: 1000 · major + 10 · minor.
@@ -118,7 +118,13 @@ pub struct Device {
     facts: Arc<DeviceFacts>,
     /// Whether kernels reach pinned memory of the host by the address that the host has for it.
     pub(super) one_address: bool,
+    /// Whether memory can be exported as descriptors.
+    pub(super) exports: bool,
+    uuid: DeviceUuid,
 }
+
+/// Which GPU it is, or which part of one, in every process.
+pub type DeviceUuid = [u8; 16];
 
 impl Device {
     /// Opens a GPU; the first of them, if none is named.
@@ -154,8 +160,14 @@ impl Device {
         let one_address =
             sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM;
         let one_address = context.attribute(one_address).doing("asking how pinned memory is reached")? != 0;
+        let exports =
+            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED;
+        let exports = context.attribute(exports).doing("asking whether memory can be exported")? != 0;
+        let uuid = context.uuid().doing("asking which GPU it is")?;
         Ok(Device {
             one_address,
+            exports,
+            uuid: uuid.bytes.map(|byte| byte as u8),
             context,
             facts: Arc::new(DeviceFacts { ordinal, name, capability, bytes, cuda }),
         })
@@ -164,6 +176,32 @@ impl Device {
     /// What it is.
     pub fn facts(&self) -> &DeviceFacts {
         &self.facts
+    }
+
+    /// Which GPU it is.
+    pub fn uuid(&self) -> DeviceUuid {
+        self.uuid
+    }
+
+    /// Whether it reaches the memory of a GPU: its own, or one's that this process sees and the driver says so of.
+    pub fn reaches(&self, uuid: &DeviceUuid) -> Result<bool, DeviceError> {
+        if self.uuid == *uuid {
+            return Ok(true);
+        }
+        let count = CudaContext::device_count().doing("counting GPUs")?;
+        for ordinal in 0..count {
+            let other = result::device::get(ordinal).doing("finding a GPU")?;
+            let found = result::device::get_uuid(other).doing("asking which GPU it is")?;
+            if found.bytes.map(|byte| byte as u8) != *uuid {
+                continue;
+            }
+            let mut can = 0;
+            // SAFETY: the pointer is valid, and both are GPUs of the driver's.
+            unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.context.cu_device(), other).result() }
+                .doing("asking whether a GPU is reached")?;
+            return Ok(can != 0);
+        }
+        Ok(false)
     }
 
     /// Bytes of its memory that nobody uses.

@@ -1,4 +1,4 @@
-//! KV between a GPU's arena and a region of shared memory, and kernels put to work.
+//! KV between a GPU's arena and other memory: a region of the host's, or another process's arena; and kernels put to work.
 
 #![allow(unsafe_code)]
 
@@ -8,9 +8,13 @@ use super::{
     compile::{CompileError, Compiler, SOURCES, Source},
     device::{Device, DeviceError, Doing, Stream},
     memory::PinnedRegion,
+    shared::SharedSlot,
 };
 use cudarc::{
-    driver::{CudaFunction, CudaModule, result, sys},
+    driver::{
+        CudaFunction, CudaModule, result,
+        sys::{self, CUmemorytype::*},
+    },
     nvrtc::Ptx,
 };
 use forebay_schemas::kv::{KvLayout, TokenRange};
@@ -31,6 +35,7 @@ pub enum LoadError {
 #[derive(Clone, Debug)]
 pub struct Kernels {
     kv_copy: CudaFunction,
+    pub(super) kv_sum: CudaFunction,
     pub(super) adjust: CudaFunction,
     pub(super) sample: CudaFunction,
     pub(super) probabilities: CudaFunction,
@@ -45,9 +50,9 @@ const MOVERS: u32 = 256;
 /// Where KV goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// From the GPU to the host.
+    /// From the arena.
     Out,
-    /// From the host to the GPU.
+    /// Into the arena.
     In,
 }
 
@@ -60,6 +65,62 @@ pub struct HostSlot<'a> {
     pub layout: &'a KvLayout,
     /// Which slot.
     pub slot: u32,
+}
+
+/// Where KV of an arena goes, or comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum OtherSlot<'a> {
+    /// Memory of the host.
+    Host(HostSlot<'a>),
+    /// Another process's arena, which is only read. It stays mapped until what is queued is done: whoever holds it waits.
+    Shared(&'a SharedSlot),
+}
+
+impl<'a> From<HostSlot<'a>> for OtherSlot<'a> {
+    fn from(slot: HostSlot<'a>) -> OtherSlot<'a> {
+        OtherSlot::Host(slot)
+    }
+}
+
+impl<'a> From<&'a SharedSlot> for OtherSlot<'a> {
+    fn from(slot: &'a SharedSlot) -> OtherSlot<'a> {
+        OtherSlot::Shared(slot)
+    }
+}
+
+impl<'a> OtherSlot<'a> {
+    fn place(&self) -> (&'a KvLayout, u32) {
+        match self {
+            OtherSlot::Host(host) => (host.layout, host.slot),
+            OtherSlot::Shared(shared) => (shared.layout(), shared.slot()),
+        }
+    }
+
+    /// Where the memory begins, and whether a kernel reaches these planes of it. Of the host's they are pinned, if they can be.
+    fn reach(
+        &self,
+        planes: Range<u32>,
+        direction: Direction,
+        device: &Device,
+    ) -> Result<(End, bool), DeviceError> {
+        match self {
+            OtherSlot::Shared(shared) => {
+                assert_eq!(direction, Direction::In, "another process's arena is only read");
+                Ok((End { address: shared.address(), kind: CU_MEMORYTYPE_UNIFIED }, true))
+            }
+            OtherSlot::Host(HostSlot { region, layout, slot }) => {
+                assert!(layout.region_bytes() <= region.region().len());
+                let mut pinned = device.one_address;
+                for plane in planes {
+                    let start = layout.slot_offset(plane as usize, *slot as usize);
+                    pinned &= region.pin(start..start + layout.slot_stride())?;
+                }
+                // Of the host's memory no more is written than what is moved there.
+                let at = region.region().at(0, region.region().len(), direction == Direction::Out);
+                Ok((End { address: at.expose_provenance() as u64, kind: CU_MEMORYTYPE_HOST }, pinned))
+            }
+        }
+    }
 }
 
 impl Kernels {
@@ -91,6 +152,7 @@ impl Kernels {
         let function = |module: &Arc<CudaModule>, name| module.load_function(name).doing("finding a kernel");
         Ok(Kernels {
             kv_copy: function(&kv, "kv_copy")?,
+            kv_sum: function(&kv, "kv_sum")?,
             adjust: function(&adjust, "adjust")?,
             sample: function(&sampler, "sample")?,
             probabilities: function(&adjust, "probabilities")?,
@@ -99,53 +161,48 @@ impl Kernels {
 }
 
 impl Stream {
-    /// Queues the move of `tokens` of some planes between a slot of an arena and one of a region.
+    /// Queues the move of `tokens` of some planes between a slot of an arena and another.
     ///
     /// # Panics
-    /// If the layouts differ in geometry, or a slot, its tokens or the planes are outside.
-    pub fn move_kv(
+    /// If the layouts differ in geometry, a slot, its tokens or the planes are outside, or another process's arena is to be written.
+    pub fn move_kv<'a>(
         &self,
         kernels: &Kernels,
         direction: Direction,
         (arena, slot): (&Arena, u32),
-        host: HostSlot<'_>,
+        other: impl Into<OtherSlot<'a>>,
         tokens: TokenRange,
         planes: Range<u32>,
     ) -> Result<(), DeviceError> {
-        let layouts = [arena.layout(), host.layout];
-        assert_eq!(layouts[0].geometry, layouts[1].geometry, "KV of another shape");
-        for (layout, slot) in layouts.into_iter().zip([slot, host.slot]) {
+        let other = other.into();
+        let places = [(arena.layout(), slot), other.place()];
+        assert_eq!(places[0].0.geometry, places[1].0.geometry, "KV of another shape");
+        for (layout, slot) in places {
             assert!(
                 slot < layout.slots && tokens.end() <= layout.positions,
                 "slot {slot} {tokens:?} of {layout:?}"
             );
         }
-        assert!(
-            planes.end <= 2 * host.layout.geometry.layers
-                && host.layout.region_bytes() <= host.region.region().len()
-        );
+        if let OtherSlot::Shared(shared) = other {
+            assert!(tokens.end() <= shared.positions(), "{tokens:?}, and {} are mapped", shared.positions());
+        }
+        assert!(planes.end <= 2 * arena.layout().geometry.layers, "planes {planes:?}");
         if tokens.count == 0 || planes.is_empty() {
             return Ok(());
         }
-        let mut pinned = self.device.one_address;
-        for plane in planes.clone() {
-            let start = host.layout.slot_offset(plane as usize, host.slot as usize);
-            pinned &= host.region.pin(start..start + host.layout.slot_stride())?;
-        }
+        let (end, reached) = other.reach(planes.clone(), direction, &self.device)?;
         self.device.bind()?;
-        // Of the host's memory no more is written than what is moved there.
-        let on_host = host.region.region().at(0, host.region.region().len(), direction == Direction::Out);
-        let ends = Ends { host: on_host, device: arena.address() };
-        let short = tokens.count as usize * host.layout.geometry.head_bytes() < KERNEL_BELOW;
-        let pieces = |layout, slot| Pieces::new(layout, slot, tokens, planes.clone());
-        if let (true, Some((device, count)), Some((host, _))) =
-            (pinned && short, pieces(layouts[0], slot), pieces(host.layout, host.slot))
-        {
-            // SAFETY: all pieces were checked to lie in their memory, the host's is pinned, and both wait before they go.
-            return unsafe { self.move_by_kernel(kernels, direction, &ends, (device, host), count) };
+        let ends = [End { address: arena.address(), kind: CU_MEMORYTYPE_DEVICE }, end];
+        let short = tokens.count as usize * arena.layout().geometry.head_bytes() < KERNEL_BELOW;
+        let [ours, others] = places.map(|(layout, slot)| Pieces::new(layout, slot, tokens, planes.clone()));
+        if let (true, Some((ours, count)), Some((others, _))) = (reached && short, ours, others) {
+            let [ours, others] = [(ends[0].address, ours), (ends[1].address, others)];
+            let (from, into) = if direction == Direction::Out { (ours, others) } else { (others, ours) };
+            // SAFETY: all pieces were checked to lie in their memory, the host's is pinned, and all wait before they go.
+            return unsafe { self.move_by_kernel(kernels, from, into, count) };
         }
         for plane in planes {
-            let copy = copy_2d(direction, &ends, (layouts[0], slot), (host.layout, host.slot), tokens, plane);
+            let copy = copy_2d(direction, ends, places, tokens, plane);
             // SAFETY: as above; of memory that is not pinned the driver takes a copy.
             unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.raw()).result() }.doing("copying KV")?;
         }
@@ -157,15 +214,10 @@ impl Stream {
     unsafe fn move_by_kernel(
         &self,
         kernels: &Kernels,
-        direction: Direction,
-        ends: &Ends,
-        (on_device, on_host): (Pieces, Pieces),
+        (from, out): (u64, Pieces),
+        (into, r#in): (u64, Pieces),
         count: u32,
     ) -> Result<(), DeviceError> {
-        // Pinned memory has one address, for the host and the GPU.
-        let (device, host) = ((ends.device, on_device), (ends.host as u64, on_host));
-        let ((from, out), (into, r#in)) =
-            if direction == Direction::Out { (device, host) } else { (host, device) };
         let arguments = [argument(&from), argument(&out), argument(&into), argument(&r#in)];
         // SAFETY: these are the kernel's parameters; the rest is as the caller says.
         unsafe { self.launch(&kernels.kv_copy, count, MOVERS, arguments) }.doing("moving KV")
@@ -191,50 +243,47 @@ pub(super) fn argument<T>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
 }
 
-/// Where the two memories begin.
-struct Ends {
-    host: *mut u8,
-    device: u64,
+/// Where a memory begins, and what kind it is. Pinned memory has one address, for the host and the GPU.
+#[derive(Clone, Copy)]
+struct End {
+    address: u64,
+    kind: sys::CUmemorytype,
 }
 
 /// A head is a row of a 2D copy.
 fn copy_2d(
     direction: Direction,
-    ends: &Ends,
-    (device, slot): (&KvLayout, u32),
-    (host, other): (&KvLayout, u32),
+    ends: [End; 2],
+    places: [(&KvLayout, u32); 2],
     tokens: TokenRange,
     plane: u32,
 ) -> sys::CUDA_MEMCPY2D {
-    use sys::CUmemorytype::{CU_MEMORYTYPE_DEVICE, CU_MEMORYTYPE_HOST};
-    let head_bytes = host.geometry.head_bytes();
-    let first = |layout: &KvLayout, slot: u32| {
-        layout.slot_offset(plane as usize, slot as usize) + tokens.start as usize * head_bytes
+    let geometry = places[0].0.geometry;
+    let side = |number: usize| {
+        let (End { address, kind }, (layout, slot)) = (ends[number], places[number]);
+        let offset = layout.slot_offset(plane as usize, slot as usize);
+        let at = address + (offset + tokens.start as usize * geometry.head_bytes()) as u64;
+        let on_host = kind == CU_MEMORYTYPE_HOST;
+        let host = std::ptr::with_exposed_provenance_mut::<c_void>(if on_host { at as usize } else { 0 });
+        (kind, host, if on_host { 0 } else { at }, layout.head_stride())
     };
-    let on_device = (
-        CU_MEMORYTYPE_DEVICE,
-        std::ptr::null_mut(),
-        ends.device + first(device, slot) as u64,
-        device.head_stride(),
-    );
-    let on_host = (CU_MEMORYTYPE_HOST, ends.host.wrapping_add(first(host, other)), 0, host.head_stride());
-    let (from, into) = if direction == Direction::Out { (on_device, on_host) } else { (on_host, on_device) };
+    let (from, into) = if direction == Direction::Out { (side(0), side(1)) } else { (side(1), side(0)) };
     sys::CUDA_MEMCPY2D {
         srcXInBytes: 0,
         srcY: 0,
         srcMemoryType: from.0,
-        srcHost: from.1.cast(),
+        srcHost: from.1,
         srcDevice: from.2,
         srcArray: std::ptr::null_mut(),
         srcPitch: from.3,
         dstXInBytes: 0,
         dstY: 0,
         dstMemoryType: into.0,
-        dstHost: into.1.cast(),
+        dstHost: into.1,
         dstDevice: into.2,
         dstArray: std::ptr::null_mut(),
         dstPitch: into.3,
-        WidthInBytes: tokens.count as usize * head_bytes,
-        Height: host.geometry.kv_heads as usize,
+        WidthInBytes: tokens.count as usize * geometry.head_bytes(),
+        Height: geometry.kv_heads as usize,
     }
 }

@@ -5,9 +5,11 @@
 // - Fresh memory is full of NaNs. Copies must lie in memory that was allocated, mapped or pinned.
 // - Only what is declared here is there, and it is called as the driver's documentation has it.
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include "../../cuda/kernel.h"
 #include "kernels.c"
@@ -15,7 +17,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NOT_READY = 600, ALREADY_PINNED = 712, NOT_PINNED = 713 };
-enum { GRANULE = 4 << 10, THREADS_SHOWN = 8 };
+enum { GRANULE = 4 << 10, THREADS_SHOWN = 8, GPUS = 2, BY_DESCRIPTOR = 1 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 #define LOCKED(...)                                                                                                    \
@@ -42,6 +44,8 @@ typedef struct {
     int fd;
     size_t bytes;
     int holders; // Whoever made it, and each mapping.
+    int exportable;
+    int made_here;
 } Physical;
 
 typedef struct Mapping {
@@ -183,20 +187,34 @@ static int copy(Stream *stream, Job job, int from_device, int into_device) {
 
 EXPORT int cuInit(unsigned flags) { return flags == 0 ? OK : INVALID; }
 EXPORT int cuDriverGetVersion(int *version) { return *version = 13000, OK; }
-EXPORT int cuDeviceGetCount(int *count) { return *count = 1, OK; }
-EXPORT int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal == 0 ? OK : 101; }
+// Two GPUs, which share one memory, and reach each other's.
+static int is_gpu(int device) { return device >= 0 && device < GPUS ? OK : 101; }
+EXPORT int cuDeviceGetCount(int *count) { return *count = GPUS, OK; }
+EXPORT int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, is_gpu(ordinal); }
 EXPORT int cuDeviceGetName(char *name, int bytes, int device) {
     snprintf(name, bytes, "stand-in");
-    return device;
+    return is_gpu(device);
 }
-EXPORT int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = total(), device; }
+EXPORT int cuDeviceGetUuid_v2(char uuid[16], int device) {
+    snprintf(uuid, 16, "stand-in GPU %d", device);
+    return is_gpu(device);
+}
+// Of a GPU and itself the driver says no.
+EXPORT int cuDeviceCanAccessPeer(int *can, int device, int other) {
+    return *can = device != other, is_gpu(device) == OK ? is_gpu(other) : 101;
+}
+EXPORT int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = total(), is_gpu(device); }
 EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    // COMPUTE_CAPABILITY_MAJOR is 9, MINOR and MEMORY_POOLS_SUPPORTED are 0; CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM.
-    *value = attribute == 75 ? 9 : attribute == 91;
-    return device;
+    // COMPUTE_CAPABILITY_MAJOR is 9, MINOR and MEMORY_POOLS_SUPPORTED are 0; CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM,
+    // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED.
+    *value = attribute == 75 ? 9 : attribute == 91 || attribute == 103;
+    return is_gpu(device);
 }
-EXPORT int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &ranges, device; }
-EXPORT int cuDevicePrimaryCtxRelease_v2(int device) { return device; }
+static int contexts[GPUS];
+EXPORT int cuDevicePrimaryCtxRetain(void **context, int device) {
+    return is_gpu(device) == OK ? (*context = &contexts[device], OK) : 101;
+}
+EXPORT int cuDevicePrimaryCtxRelease_v2(int device) { return is_gpu(device); }
 static _Thread_local void *current;
 EXPORT int cuCtxGetCurrent(void **context) { return *context = current, OK; }
 EXPORT int cuCtxSetCurrent(void *context) { return current = context, OK; }
@@ -261,9 +279,15 @@ EXPORT int cuMemHostUnregister(void *start) {
     LOCKED(range_at(start, REGISTERED) ? (drain_all(), forget(range_at(start, REGISTERED)), OK) : NOT_PINNED);
 }
 
-EXPORT int cuMemGetAllocationGranularity(size_t *bytes, const void *properties, int option) {
-    (void)properties;
-    return *bytes = GRANULE, option > 1;
+typedef struct {
+    int kind, handles, location, device;
+} Properties;
+// Pinned memory of a GPU, for which descriptors may be asked for.
+static int is_good(const Properties *of) {
+    return of->kind == 1 && (of->handles & ~BY_DESCRIPTOR) == 0 && of->location == 1 && is_gpu(of->device) == OK;
+}
+EXPORT int cuMemGetAllocationGranularity(size_t *bytes, const Properties *properties, int option) {
+    return *bytes = GRANULE, option > 1 || !is_good(properties) ? INVALID : OK;
 }
 static int reserve(u8 **address, size_t bytes) {
     if (bytes == 0 || bytes % GRANULE) return INVALID;
@@ -289,15 +313,15 @@ EXPORT int cuMemAddressFree(u8 *address, size_t bytes) {
 }
 static void let_go(Physical *memory) {
     if (--memory->holders > 0) return;
-    used -= memory->bytes;
+    used -= memory->made_here ? memory->bytes : 0;
     close(memory->fd);
     free(memory);
 }
-static int make(Physical **handle, size_t bytes) {
+static int make(Physical **handle, size_t bytes, int exportable) {
     if (bytes % GRANULE) return INVALID;
     if (used + bytes > total()) return NO_MEMORY;
     Physical *memory = malloc(sizeof *memory);
-    *memory = (Physical){memfd_create("stand-in", MFD_CLOEXEC), bytes, 1};
+    *memory = (Physical){memfd_create("stand-in", MFD_CLOEXEC), bytes, 1, exportable, 1};
     if (ftruncate(memory->fd, bytes)) return NO_MEMORY;
     u8 *at = mmap(NULL, bytes, PROT_WRITE, MAP_SHARED, memory->fd, 0);
     memset(at, 0xff, bytes);
@@ -306,9 +330,29 @@ static int make(Physical **handle, size_t bytes) {
     *handle = memory;
     return OK;
 }
-EXPORT int cuMemCreate(Physical **handle, size_t bytes, const void *properties, u64 flags) {
-    (void)properties;
-    LOCKED(flags ? INVALID : make(handle, bytes));
+EXPORT int cuMemCreate(Physical **handle, size_t bytes, const Properties *properties, u64 flags) {
+    LOCKED(flags || !is_good(properties) ? INVALID : make(handle, bytes, properties->handles == BY_DESCRIPTOR));
+}
+static int export(int *descriptor, const Physical *memory) {
+    if (!memory->exportable) return INVALID;
+    return (*descriptor = fcntl(memory->fd, F_DUPFD_CLOEXEC, 0)) < 0 ? NO_MEMORY : OK;
+}
+EXPORT int cuMemExportToShareableHandle(int *descriptor, const Physical *memory, int kind, u64 flags) {
+    LOCKED(flags || kind != BY_DESCRIPTOR ? INVALID : export(descriptor, memory));
+}
+// What is imported is memory of whoever made it, and is there until nobody has it any more.
+static int import(Physical **handle, int descriptor) {
+    struct stat is;
+    if (fstat(descriptor, &is) || is.st_size == 0 || is.st_size % GRANULE) return INVALID;
+    const int fd = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+    if (fd < 0) return NO_MEMORY;
+    Physical *memory = malloc(sizeof *memory);
+    *memory = (Physical){fd, is.st_size, 1, 0, 0};
+    *handle = memory;
+    return OK;
+}
+EXPORT int cuMemImportFromShareableHandle(Physical **handle, void *descriptor, int kind) {
+    LOCKED(kind != BY_DESCRIPTOR ? INVALID : import(handle, (int)(u64)descriptor));
 }
 EXPORT int cuMemRelease(Physical *handle) { LOCKED((let_go(handle), OK)); }
 static int map(u8 *address, size_t bytes, Physical *memory) {
@@ -335,9 +379,12 @@ static int allow(u8 *address, size_t bytes) {
     }
     return mprotect(address, bytes, PROT_READ | PROT_WRITE) ? INVALID : OK;
 }
-EXPORT int cuMemSetAccess(u8 *address, size_t bytes, const void *access, size_t count) {
-    (void)access;
-    LOCKED(count == 1 ? allow(address, bytes) : INVALID);
+typedef struct {
+    int location, device, flags;
+} Access;
+EXPORT int cuMemSetAccess(u8 *address, size_t bytes, const Access *access, size_t count) {
+    const int good = count == 1 && access->location == 1 && is_gpu(access->device) == OK && access->flags == 3;
+    LOCKED(good ? allow(address, bytes) : INVALID);
 }
 static int unmap(u8 *address, size_t bytes) {
     Range *range = range_at(address, MAPPED);
@@ -411,7 +458,9 @@ typedef struct {
 } Copy2d;
 
 EXPORT int cuMemcpy2DAsync_v2(const Copy2d *of, Stream *stream) {
-    const int from_device = of->from_kind == 2, into_device = of->into_kind == 2;
+    // Memory of a GPU: this one's, or any (UNIFIED).
+    const int from_device = of->from_kind == 2 || of->from_kind == 4;
+    const int into_device = of->into_kind == 2 || of->into_kind == 4;
     const Job job = {
         .kind = COPY,
         .from = from_device ? of->from_device : of->from_host,

@@ -29,6 +29,26 @@ static void run_kv_copy(const void *given) {
 }
 
 typedef struct {
+    const u8 *from;
+    Pieces of;
+    u32 count, stretch;
+    Powers powers;
+    u64 *sums;
+} KvSum;
+
+static void *take_kv_sum(void **given) {
+    KvSum *taken = malloc(sizeof *taken);
+    *taken = (KvSum){*(const u8 **)given[0], *(Pieces *)given[1],  *(u32 *)given[2],
+                     *(u32 *)given[3],       *(Powers *)given[4], *(u64 **)given[5]};
+    return taken;
+}
+
+static void run_kv_sum(const void *given) {
+    const KvSum *a = given;
+    kv_sum(a->from, a->of, a->count, a->stretch, a->powers, a->sums);
+}
+
+typedef struct {
     float *logits;
     u32 vocab;
     const Draw *draws;
@@ -94,5 +114,6 @@ static const Kernel kernels[] = {
     {"adjust", take_adjust, run_adjust},
     {"probabilities", take_probabilities, run_probabilities},
     {"kv_copy", take_kv_copy, run_kv_copy},
+    {"kv_sum", take_kv_sum, run_kv_sum},
     {"sample", take_sample, run_sample},
 };

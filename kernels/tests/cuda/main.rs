@@ -5,7 +5,9 @@ mod adjust;
 mod memory;
 mod rows;
 mod sampler;
+mod shared;
 mod stand_in;
+mod sum;
 mod transfer;
 
 use forebay_kernels::cuda::{DeviceBuffer, HostBuffer, Plain, Stream};

@@ -7,7 +7,7 @@ typedef struct {
     void (*run)(const void *);
     const void *arguments;
     pthread_barrier_t *barrier;
-    u32 thread, threads, block;
+    u32 thread, threads, block, blocks;
 } Seat;
 
 static _Thread_local const Seat *seat;
@@ -18,6 +18,7 @@ static _Thread_local const Seat *seat;
 #define THREAD (seat->thread)
 #define THREADS (seat->threads)
 #define BLOCK (seat->block)
+#define BLOCKS (seat->blocks)
 #define SYNC() (void)pthread_barrier_wait(seat->barrier)
 #define ADD(at, value) __atomic_fetch_add(at, value, __ATOMIC_RELAXED)
 #define MIN(at, value) lower(at, value)
@@ -67,7 +68,7 @@ static void launch(void (*run)(const void *), const void *arguments, u32 blocks,
     for (u32 block = 0; block < blocks; block += 1) {
         pthread_barrier_init(&barrier, NULL, threads);
         for (u32 thread = 0; thread < threads; thread += 1) {
-            seats[thread] = (Seat){run, arguments, &barrier, thread, threads, block};
+            seats[thread] = (Seat){run, arguments, &barrier, thread, threads, block, blocks};
             pthread_create(&handles[thread], NULL, take_seat, &seats[thread]);
         }
         for (u32 thread = 0; thread < threads; thread += 1) pthread_join(handles[thread], NULL);

@@ -24,7 +24,11 @@ pub mod sim;
 pub use kv_type::KvType;
 
 use crate::vocabulary::GrammarError;
-use forebay_kernels::{Adjustments, Normalizer, NotFinite, Penalties, Region, adjust, most_probable, sample};
+use forebay_kernels::{
+    Adjustments, Normalizer, NotFinite, Penalties, Region, adjust,
+    cuda::{Arena, SharedSlot},
+    most_probable, sample,
+};
 use forebay_schemas::{
     kv::{KvLayout, LayoutHash, TokenRange},
     sampling::Sampling,
@@ -122,6 +126,20 @@ pub trait KvMover: Send + Sync {
         planes: Range<u32>,
         beside: &mut dyn FnMut(),
     ) -> Result<(), EngineError>;
+
+    /// The same of all planes, from another process's memory of a GPU. Returns the sums of what has arrived, as a
+    /// [`KvHandle`] has them.
+    ///
+    /// [`KvHandle`]: forebay_schemas::kv::KvHandle
+    fn load_from_gpu(
+        &self,
+        from: &SharedSlot,
+        slot: u32,
+        tokens: TokenRange,
+    ) -> Result<Vec<u64>, EngineError>;
+
+    /// The memory that the engine computes on.
+    fn arena(&self) -> &Arc<Arena>;
 }
 
 /// A slot of another worker's region, mapped here.

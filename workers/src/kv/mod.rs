@@ -20,7 +20,7 @@ pub use lease::{Leases, Sealed, Word};
 pub use peers::{Choice, KvOptions, KvPeers};
 pub use pool::{Slot, SlotPool};
 pub(crate) use publish::publish;
-pub use read::{KvRead, ReadError, ReadReport, Transport, read_kv};
+pub use read::{FROM_GPU, KvRead, ReadError, ReadReport, Transport, read_kv};
 
 use forebay_kernels::{Checksum, Region, checksum};
 use forebay_schemas::kv::{KvHandle, KvLayout, TokenRange};

@@ -6,6 +6,7 @@ use super::{
     shm::{self, ShmPeers},
     tcp::{TcpListen, TcpOptions, TcpPeers},
 };
+use forebay_kernels::cuda::Device;
 use forebay_schemas::{
     card::WorkerLease,
     kv::{KvHandle, LayoutHash},
@@ -15,7 +16,7 @@ use std::sync::Arc;
 /// Which transports a worker may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// Shared memory on the same host; elsewhere or where that fails, `nixl` if both sides have it, and `tcp` if not.
+    /// On the same host from GPU to GPU where both ends can, or over shared memory; elsewhere or where that fails, `nixl` if both sides have it, and `tcp` if not.
     Auto,
     /// Shared memory only.
     #[default]
@@ -55,6 +56,14 @@ impl KvPeers {
         let (shm, tcp) = (ShmPeers::default(), TcpPeers::new(options.tcp.clone()));
         let nixl = options.nixl.as_ref().map(NixlPeers::new);
         KvPeers { shm, tcp, nixl, choice: options.choice, layout_hash }
+    }
+
+    /// Has KV read from other GPUs' memory straight into this one's, if all ways may be taken.
+    pub fn on_gpu(mut self, device: &Device) -> KvPeers {
+        if self.choice == Choice::Auto {
+            self.shm.read_gpus(device);
+        }
+        self
     }
 
     /// The transport to the worker that holds a handle's bytes; `lease` is what the registry knows of it.

@@ -1,7 +1,7 @@
 //! Reading a peer's KV: the protocol, above every transport.
 
 use crate::engine::EngineError;
-use forebay_kernels::Region;
+use forebay_kernels::{Region, cuda::SharedSlot};
 use forebay_schemas::{
     ids::WorkerId,
     kv::{KvHandle, KvLayout, LayoutHash},
@@ -100,6 +100,11 @@ pub trait Transport: Send + Sync {
         None
     }
 
+    /// What the handle names in the owner's memory of a GPU, mapped for this worker's, if both ends can do that.
+    fn mapped_gpu(&self, _handle: &KvHandle) -> Option<SharedSlot> {
+        None
+    }
+
     /// The slot's generation now.
     fn generation(&self, handle: &KvHandle) -> Result<u64, ReadError>;
 
@@ -125,13 +130,18 @@ pub struct KvRead<T: Deref<Target: Transport>> {
     /// The handle that the lease was claimed with.
     claimed: KvHandle,
     report: ReadReport,
+    /// Tokens that came from GPU to GPU.
+    gpu_tokens: u32,
 }
+
+/// What [`KvRead::transport`] says of a read from GPU to GPU.
+pub const FROM_GPU: &str = "cuda";
 
 impl<T: Deref<Target: Transport>> KvRead<T> {
     /// Claims the lease that a handle names.
     pub fn begin(transport: T, handle: &KvHandle) -> Result<KvRead<T>, ReadError> {
         transport.claim(handle)?;
-        Ok(KvRead { transport, claimed: handle.clone(), report: ReadReport::default() })
+        Ok(KvRead { transport, claimed: handle.clone(), report: ReadReport::default(), gpu_tokens: 0 })
     }
 
     /// Copies what a handle names, of the lease that was claimed, into a slot. Blocks for as long as the copy takes.
@@ -167,9 +177,33 @@ impl<T: Deref<Target: Transport>> KvRead<T> {
         self.report
     }
 
-    /// Over which transport.
+    /// The same from GPU to GPU: `copy` copies all groups of planes from what is mapped, and returns the sums of what has arrived.
+    pub fn piece_on_gpu(
+        &mut self,
+        handle: &KvHandle,
+        layout: &KvLayout,
+        copy: impl FnOnce() -> Result<Vec<u64>, EngineError>,
+    ) -> Result<(), ReadError> {
+        let (mut copy, mut sums) = (Some(copy), Vec::new());
+        self.piece_by(handle, layout, |_, group| {
+            if let Some(copy) = copy.take() {
+                sums = copy()?;
+            }
+            Ok(sums[group])
+        })?;
+        self.gpu_tokens += handle.tokens.count;
+        Ok(())
+    }
+
+    /// Over which transport; or `cuda`, if all came from GPU to GPU.
     pub fn transport(&self) -> &'static str {
-        self.transport.name()
+        let all = self.gpu_tokens > 0 && self.gpu_tokens == self.report.tokens;
+        if all { FROM_GPU } else { self.transport.name() }
+    }
+
+    /// See [`Transport::mapped_gpu`].
+    pub fn mapped_gpu(&self, handle: &KvHandle) -> Option<SharedSlot> {
+        self.transport.mapped_gpu(handle)
     }
 
     /// See [`Transport::mapped`].

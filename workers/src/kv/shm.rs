@@ -2,8 +2,10 @@
 //!
 //! The owner listens on a socket and hands every peer that connects a greeting and two descriptors: its region,
 //! which the peer maps read-only, and its lease words. From then on reads need nothing of the owner: its bytes
-//! stay readable even after it died, for as long as a peer has them mapped.
+//! stay readable even after it died, for as long as a peer has them mapped. Where the owner computes on a GPU, peers
+//! that compute on one, too, may ask for its memory ([`gpu`]).
 
+mod gpu;
 mod simulated;
 
 use super::{
@@ -11,13 +13,17 @@ use super::{
     lease::{Leases, Word, claim, release},
     read::{ReadError, Transport, lease_over},
 };
-use forebay_kernels::{Checksum, Region, Words, copy_summed};
+use forebay_kernels::{
+    Checksum, Region, Words, copy_summed,
+    cuda::{Arena, Device, SharedSlot},
+};
 use forebay_schemas::{
     card::WorkerLease,
     ids::WorkerId,
     kv::{KvHandle, KvLayout, LayoutHash},
 };
 use forebay_streams::environment::is_simulated;
+use gpu::{GpuOwner, GpuPeer};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
@@ -58,29 +64,32 @@ pub fn host_id() -> String {
 pub struct ShmOwner {
     path: PathBuf,
     over: Arc<AtomicBool>,
+    gpu: Option<GpuOwner>,
 }
 
 impl ShmOwner {
-    /// Listens on a socket of its own in `folder`.
+    /// Listens on a socket of its own in `folder`. `arena` is where the KV is computed, if that is on a GPU.
     pub fn listen(
         folder: &Path,
         worker: &WorkerId,
         incarnation: u64,
         kv: (Arc<Region>, KvLayout, LayoutHash),
         leases: Leases,
+        arena: Option<&Arc<Arena>>,
     ) -> std::io::Result<ShmOwner> {
         let path = folder.join(format!("{worker}.sock"));
         let (region, layout, layout_hash) = kv;
-        let greeting = Greeting { worker: worker.clone(), incarnation, layout, layout_hash };
+        let (gpu, offer) = arena.and_then(|arena| GpuOwner::new(arena, leases.clone())).unzip();
+        let greeting = Greeting { worker: worker.clone(), incarnation, layout, layout_hash, gpu: offer };
         let greeting = serde_json::to_vec(&greeting).expect("plain data always encodes");
-        let owner = ShmOwner { path, over: Arc::default() };
+        let owner = ShmOwner { path, over: Arc::default(), gpu };
         if is_simulated() {
             simulated::listen(&owner.path, greeting, region, leases);
             return Ok(owner);
         }
         std::fs::create_dir_all(folder)?;
         let listener = UnixListener::bind(&owner.path)?;
-        let over = owner.over.clone();
+        let (over, gpu) = (owner.over.clone(), owner.gpu.clone());
         std::thread::Builder::new().name("kv-shm".into()).spawn(move || {
             for peer in listener.incoming().flatten() {
                 if over.load(Ordering::Relaxed) {
@@ -88,6 +97,8 @@ impl ShmOwner {
                 }
                 if let Err(error) = greet(&peer, &greeting, &region, &leases) {
                     tracing::debug!(%error, "a peer left before it was greeted");
+                } else if let Some(Err(error)) = gpu.as_ref().map(|gpu| gpu.serve(peer)) {
+                    tracing::debug!(%error, "a peer is not answered");
                 }
             }
         })?;
@@ -106,6 +117,7 @@ impl Drop for ShmOwner {
             return simulated::close(&self.path);
         }
         self.over.store(true, Ordering::Relaxed);
+        self.gpu.iter().for_each(GpuOwner::close);
         // The thread waits for a peer: this is the last one.
         let _ = UnixStream::connect(&self.path);
         // Whoever finds no socket computes the KV itself.
@@ -121,13 +133,26 @@ fn greet(peer: &UnixStream, greeting: &[u8], region: &Region, leases: &Leases) -
     rustix::net::sendmsg(peer, &[IoSlice::new(greeting)], &mut ancillary, SendFlags::NOSIGNAL).map(drop)
 }
 
-fn meet(path: &str) -> Result<(Greeting, OwnedFd, OwnedFd), String> {
-    let (greeting, region, words) = if is_simulated() { simulated::meet(path)? } else { connect(path)? };
-    let greeting = serde_json::from_slice(&greeting).map_err(|error| format!("greeting: {error}"))?;
-    Ok((greeting, region, words))
+/// What an owner gives whoever connects, and the connection.
+struct Met {
+    greeting: Greeting,
+    region: OwnedFd,
+    words: OwnedFd,
+    stream: Option<UnixStream>,
 }
 
-fn connect(path: &str) -> Result<(Vec<u8>, OwnedFd, OwnedFd), String> {
+fn meet(path: &str) -> Result<Met, String> {
+    let (greeting, region, words, stream) = if is_simulated() {
+        let (greeting, region, words) = simulated::meet(path)?;
+        (greeting, region, words, None)
+    } else {
+        connect(path)?
+    };
+    let greeting = serde_json::from_slice(&greeting).map_err(|error| format!("greeting: {error}"))?;
+    Ok(Met { greeting, region, words, stream })
+}
+
+fn connect(path: &str) -> Result<(Vec<u8>, OwnedFd, OwnedFd, Option<UnixStream>), String> {
     let stream = UnixStream::connect(path).map_err(|error| format!("{path}: {error}"))?;
     stream.set_read_timeout(Some(GREETING_TIMEOUT)).map_err(|error| error.to_string())?;
     let mut bytes = vec![0; GREETING_MAX];
@@ -148,16 +173,23 @@ fn connect(path: &str) -> Result<(Vec<u8>, OwnedFd, OwnedFd), String> {
         return Err("the greeting came without descriptors".into());
     };
     bytes.truncate(received.bytes);
-    Ok((bytes, region, words))
+    Ok((bytes, region, words, Some(stream)))
 }
 
 /// Peers whose regions are mapped: mapped once, at the first read.
 #[derive(Debug, Default)]
 pub struct ShmPeers {
+    /// The GPU that this worker computes on, if it may read other GPUs' memory.
+    device: Option<Device>,
     mapped: Mutex<BTreeMap<(WorkerId, u64), Mapped>>,
 }
 
 impl ShmPeers {
+    /// Has KV read from other GPUs' memory into this one's, where that can be done.
+    pub(super) fn read_gpus(&mut self, device: &Device) {
+        self.device = Some(device.clone());
+    }
+
     /// The peer that holds a handle's bytes.
     pub fn peer(
         &self,
@@ -175,7 +207,8 @@ impl ShmPeers {
         if lease.host != host_id() {
             return Err(unreachable(format!("it is on another host ({})", lease.host)));
         }
-        let peer = Arc::new(ShmPeer::map(&lease.kv_socket, handle).map_err(unreachable)?);
+        let peer =
+            Arc::new(ShmPeer::map(&lease.kv_socket, handle, self.device.as_ref()).map_err(unreachable)?);
         let mut mapped = self.mapped.lock().expect("no panics while held");
         if mapped.len() >= PEERS_MAX
             && let Some(oldest) =
@@ -201,11 +234,13 @@ struct ShmPeer {
     region: Arc<Region>,
     words: Words,
     layout: KvLayout,
+    gpu: Option<GpuPeer>,
 }
 
 impl ShmPeer {
-    fn map(socket: &str, handle: &KvHandle) -> Result<ShmPeer, String> {
-        let (greeting, region, words) = meet(socket)?;
+    fn map(socket: &str, handle: &KvHandle, device: Option<&Device>) -> Result<ShmPeer, String> {
+        let Met { mut greeting, region, words, stream } = meet(socket)?;
+        let offer = greeting.gpu.take();
         let expected = Greeting::of(handle);
         if greeting != expected {
             return Err(format!("the owner says it is {greeting:?}, the handle says {expected:?}"));
@@ -213,9 +248,17 @@ impl ShmPeer {
         let layout = greeting.layout;
         let region = Region::open(region, layout.region_bytes(), false).map_err(|error| error.to_string())?;
         let words = Words::open(words, layout.slots as usize).map_err(|error| error.to_string())?;
-        Ok(ShmPeer { region: Arc::new(region), words, layout })
+        let gpu = device.zip(offer).zip(stream).and_then(|((device, offer), stream)| {
+            GpuPeer::new(device, stream, &offer, layout)
+                .inspect_err(|error| tracing::debug!(agent = %handle.agent, %error, "{}", NO_GPU))
+                .ok()
+        });
+        Ok(ShmPeer { region: Arc::new(region), words, layout, gpu })
     }
 }
+
+/// What is then done instead.
+const NO_GPU: &str = "KV is read from the owner's region, not from its GPU";
 
 impl ShmPeer {
     /// A handle is what somebody else wrote: it must not lead beyond what is mapped.
@@ -262,6 +305,13 @@ impl Transport for ShmPeer {
 
     fn mapped(&self, handle: &KvHandle) -> Option<&Arc<Region>> {
         self.check(handle).is_ok().then_some(&self.region)
+    }
+
+    fn mapped_gpu(&self, handle: &KvHandle) -> Option<SharedSlot> {
+        let gpu = self.gpu.as_ref().filter(|_| handle.tokens.count > 0 && self.check(handle).is_ok())?;
+        gpu.slot(handle)
+            .inspect_err(|error| tracing::debug!(agent = %handle.agent, %error, "{}", NO_GPU))
+            .ok()
     }
 
     fn generation(&self, handle: &KvHandle) -> Result<u64, ReadError> {

@@ -56,8 +56,8 @@ impl Worker {
         self.mirror(slot, tokens, |mover, missing| mover.load(slot.index(), missing))
     }
 
-    /// Has the engine know what a handle names, of a read that was begun: straight from the owner's memory where the engine reaches
-    /// it, otherwise by way of the region. Blocks for as long as the copy takes.
+    /// Has the engine know what a handle names, of a read that was begun: from the owner's GPU or straight from its region where the
+    /// engine reaches these, otherwise by way of its own region. Blocks for as long as the copy takes.
     pub(crate) fn read_into(
         &self,
         slot: &Slot,
@@ -66,6 +66,12 @@ impl Worker {
     ) -> Result<(), ReadError> {
         let (layout, tokens) = (&self.runner.card().layout, handle.tokens);
         slot.spoil(tokens.start);
+        if let (Some(mover), Some(from)) = (self.runner.mover(), read.mapped_gpu(handle)) {
+            let copy = || mover.load_from_gpu(&from, slot.index(), tokens);
+            let Err(error) = read.piece_on_gpu(handle, layout, copy) else { return Ok(()) };
+            // The owner may have given that memory to another sequence, and the region has the KV all the same.
+            tracing::debug!(agent = %handle.agent, %error, "KV is read again, from the owner's region");
+        }
         let (Some(mover), Some(region)) = (self.runner.mover(), read.mapped(handle)) else {
             read.piece(handle, self.runner.kv(), layout, slot.index())?;
             return Ok(self.load(slot, tokens)?);

@@ -126,8 +126,9 @@ impl Owner {
         (self.shm, self.tcp) = (None, None);
         let kv = (self.region.clone(), self.layout, HASH);
         let WorkerLease { worker, incarnation, .. } = &self.lease;
-        let shm = shm::ShmOwner::listen(&self.folder, worker, *incarnation, kv.clone(), self.leases.clone())
-            .unwrap();
+        let leases = self.leases.clone();
+        let shm =
+            shm::ShmOwner::listen(&self.folder, worker, *incarnation, kv.clone(), leases, None).unwrap();
         let listen = TcpListen { address, advertise: None, tls };
         let tcp = TcpOwner::listen(&listen, worker, *incarnation, kv, self.leases.clone()).unwrap();
         if let Some(library) = library() {

@@ -39,7 +39,7 @@ impl Owner {
         let leases = Leases::create(1)?;
         let worker = WorkerId::random("bench");
         let kv = (region.clone(), layout, HASH);
-        let shm = shm::ShmOwner::listen(&std::env::temp_dir(), &worker, 1, kv.clone(), leases.clone())?;
+        let shm = shm::ShmOwner::listen(&std::env::temp_dir(), &worker, 1, kv.clone(), leases.clone(), None)?;
         let listen = TcpListen { address: (Ipv4Addr::LOCALHOST, 0).into(), advertise: None, tls: None };
         let tcp = TcpOwner::listen(&listen, &worker, 1, kv, leases.clone())?;
         let nixl = library.map(|library| NixlOwner::register(library, &region)).transpose()?;

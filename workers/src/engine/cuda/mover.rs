@@ -1,11 +1,14 @@
-//! KV between a GPU's memory and regions of shared memory.
+//! KV between a GPU's memory, regions of shared memory, and other processes' memory of GPUs.
 
 use super::super::{EngineError, KvMover, PeerSlot};
 use forebay_kernels::{
     Region,
-    cuda::{Arena, DeviceError, Direction, HostSlot, Kernels, PinBudget, PinnedRegion, Stream},
+    cuda::{
+        Arena, DeviceError, Direction, HostSlot, Kernels, OtherSlot, PinBudget, PinnedRegion, SharedSlot,
+        Stream, Sums,
+    },
 };
-use forebay_schemas::kv::TokenRange;
+use forebay_schemas::kv::{KvHandle, TokenRange};
 use std::{
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -29,6 +32,8 @@ pub(super) struct CudaKv {
     /// What all of them may pin.
     budget: PinBudget,
     slots: Mutex<Vec<SlotUse>>,
+    /// Room for sums of what was copied: as many as copies were under way at once.
+    sums: Mutex<Vec<Sums>>,
     kernels: Kernels,
     out: Stream,
     r#in: Stream,
@@ -62,6 +67,7 @@ impl CudaKv {
             peers: Mutex::default(),
             budget,
             slots,
+            sums: Mutex::default(),
             kernels: kernels.clone(),
             out,
             r#in,
@@ -101,16 +107,16 @@ impl CudaKv {
         Ok(stream.mark()?.wait()?)
     }
 
-    fn queue(
+    fn queue<'a>(
         &self,
         stream: &Stream,
         direction: Direction,
         slot: u32,
-        host: HostSlot<'_>,
+        other: impl Into<OtherSlot<'a>>,
         tokens: TokenRange,
         planes: Range<u32>,
     ) -> Result<(), EngineError> {
-        let queued = stream.move_kv(&self.kernels, direction, (&self.arena, slot), host, tokens, planes);
+        let queued = stream.move_kv(&self.kernels, direction, (&self.arena, slot), other, tokens, planes);
         if queued.is_err() {
             // What was queued before is done before anybody uses the slot for something else.
             let _ = stream.synchronize();
@@ -164,5 +170,31 @@ impl KvMover for CudaKv {
             self.fill(slot, tokens.end());
         }
         Ok(())
+    }
+
+    fn load_from_gpu(
+        &self,
+        from: &SharedSlot,
+        slot: u32,
+        tokens: TokenRange,
+    ) -> Result<Vec<u64>, EngineError> {
+        let _held = self.hold(slot, 0)?;
+        let all = || self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = all().pop();
+        let layout = self.arena.layout();
+        let mut sums = known.map_or_else(|| Sums::new(self.arena.device(), layout), Ok)?;
+        self.queue(&self.r#in, Direction::In, slot, from, tokens, 0..2 * layout.geometry.layers)?;
+        let summed = self.r#in.sum_kv(&self.kernels, (&self.arena, slot), tokens, &mut sums);
+        // Nothing is under way when the owner's memory is let go.
+        let done = self.r#in.mark().and_then(|done| done.wait()).inspect_err(|_| _ = self.r#in.synchronize());
+        summed.and(done)?;
+        let of_groups = sums.of_groups(KvHandle::PLANES_PER_CHECKSUM)?;
+        all().push(sums);
+        self.fill(slot, tokens.end());
+        Ok(of_groups)
+    }
+
+    fn arena(&self) -> &Arc<Arena> {
+        &self.arena
     }
 }

@@ -76,7 +76,7 @@ impl TcpOwner {
             None => address.to_string(),
         };
         let (region, layout, layout_hash) = kv;
-        let greeting = Greeting { worker: worker.clone(), incarnation, layout, layout_hash };
+        let greeting = Greeting { worker: worker.clone(), incarnation, layout, layout_hash, gpu: None };
         let served = Arc::new(Served {
             greeting,
             region,
