@@ -210,10 +210,10 @@ impl Drop for Arena {
         let _ = self.device.synchronize();
         let memory = self.memory.get_mut().unwrap_or_else(PoisonError::into_inner);
         let bytes = memory.backing.granules() * self.granule;
-        for at in 0..memory.handles.len() {
-            // SAFETY: it is mapped, and nothing is under way.
-            let _ = unsafe { sys::cuMemUnmap(self.base + (at * self.granule) as u64, self.granule).result() };
-        }
+        let mapped = memory.handles.len() * self.granule;
+        // In one call: there may be tens of thousands of granules, and the process ends meanwhile.
+        // SAFETY: all of them are mapped, side by side, and nothing is under way.
+        let _ = unsafe { sys::cuMemUnmap(self.base, mapped).result() };
         // SAFETY: nothing is mapped there any more.
         let _ = unsafe { sys::cuMemAddressFree(self.base, bytes).result() };
     }

@@ -386,19 +386,34 @@ EXPORT int cuMemSetAccess(u8 *address, size_t bytes, const Access *access, size_
     const int good = count == 1 && access->location == 1 && is_gpu(access->device) == OK && access->flags == 3;
     LOCKED(good ? allow(address, bytes) : INVALID);
 }
+// One mapping or several, side by side: all of each.
 static int unmap(u8 *address, size_t bytes) {
-    Range *range = range_at(address, MAPPED);
-    if (!range || range->bytes != bytes) return INVALID;
+    size_t mapped = 0;
+    for (Range *range = ranges; range; range = range->next) {
+        const int within = range->start >= address && range->start + range->bytes <= address + bytes;
+        if (range->kind == MAPPED && within) mapped += range->bytes;
+    }
+    if (!mapped || mapped != bytes) return INVALID;
     // What is queued and uses it is not waited for: it finds nothing there.
-    forget(range);
+    for (Range **at = &ranges; *at;) {
+        Range *range = *at;
+        if (range->kind == MAPPED && range->start >= address && range->start < address + bytes) {
+            *at = range->next;
+            free(range);
+        } else {
+            at = &range->next;
+        }
+    }
     mmap(address, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    for (Mapping **at = &mappings; *at; at = &(*at)->next) {
-        if ((*at)->start != address) continue;
-        Mapping *gone = *at;
-        *at = gone->next;
-        let_go(gone->memory);
-        free(gone);
-        break;
+    for (Mapping **at = &mappings; *at;) {
+        Mapping *mapping = *at;
+        if (mapping->start >= address && mapping->start < address + bytes) {
+            *at = mapping->next;
+            let_go(mapping->memory);
+            free(mapping);
+        } else {
+            at = &mapping->next;
+        }
     }
     return OK;
 }
