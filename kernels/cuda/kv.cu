@@ -1,5 +1,5 @@
-// KV between the arena and other memory that the GPU reaches, piece by piece, for pieces too short for the copy engines; and sums of
-// KV in the arena. The pieces and their order are those of `KvLayout::pieces`.
+// KV between the arena and other memory that the GPU reaches, piece by piece: pieces too short for the copy engines, and those of other
+// processes' arenas; and sums of KV in the arena. The pieces and their order are those of `KvLayout::pieces`.
 #include "kernel.h"
 
 // What is moved at once. Offsets, strides and lengths are multiples of it.

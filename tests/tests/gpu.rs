@@ -100,11 +100,11 @@ async fn kv_comes_to_any_gpu_by_the_way_that_is_open() {
     let gateway = deployment.gateway(&[]).await;
     let _prefill = on_gpu(&deployment, Role::Prefill).await;
     let mut found = Vec::new();
-    let mut other = FLAGS.map(str::to_owned);
-    other[1] = if is_exact() { "cuda:1" } else { "cuda:0" }.to_owned();
-    let pinned = FLAGS.map(str::to_owned).into_iter().chain(["--kv-transport", "shm"].map(str::to_owned));
-    for (flags, expected) in [(pinned.collect(), "shm"), (other.to_vec(), "cuda")] {
-        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let another = if is_exact() { "cuda:1" } else { "cuda:0" };
+    for (device, more, expected) in
+        [("cuda:0", &["--kv-transport", "shm"][..], "shm"), (another, &[], "cuda")]
+    {
+        let flags = [&["--device", device], &FLAGS[2..], more].concat();
         let mut decode = deployment.worker(Role::Decode, &flags).await;
         let state = asked(&deployment, &gateway, &chat()).await;
         assert_eq!(transports(&deployment, state.request).await, [expected]);

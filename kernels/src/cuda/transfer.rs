@@ -96,17 +96,18 @@ impl<'a> OtherSlot<'a> {
         }
     }
 
-    /// Where the memory begins, and whether a kernel reaches these planes of it. Of the host's they are pinned, if they can be.
+    /// Where the memory begins, and whether a kernel may move these planes. Of the host's they are pinned, if they can be.
     fn reach(
         &self,
         planes: Range<u32>,
         direction: Direction,
-        device: &Device,
+        (device, short): (&Device, bool),
     ) -> Result<(End, bool), DeviceError> {
         match self {
+            // Always by the kernel, which touches nothing but pieces: between those of a copy engine's rows nothing is mapped.
             OtherSlot::Shared(shared) => {
                 assert_eq!(direction, Direction::In, "another process's arena is only read");
-                Ok((End { address: shared.address(), kind: CU_MEMORYTYPE_UNIFIED }, true))
+                Ok((End { address: shared.address(), kind: CU_MEMORYTYPE_DEVICE }, true))
             }
             OtherSlot::Host(HostSlot { region, layout, slot }) => {
                 assert!(layout.region_bytes() <= region.region().len());
@@ -117,7 +118,10 @@ impl<'a> OtherSlot<'a> {
                 }
                 // Of the host's memory no more is written than what is moved there.
                 let at = region.region().at(0, region.region().len(), direction == Direction::Out);
-                Ok((End { address: at.expose_provenance() as u64, kind: CU_MEMORYTYPE_HOST }, pinned))
+                Ok((
+                    End { address: at.expose_provenance() as u64, kind: CU_MEMORYTYPE_HOST },
+                    pinned && short,
+                ))
             }
         }
     }
@@ -190,12 +194,12 @@ impl Stream {
         if tokens.count == 0 || planes.is_empty() {
             return Ok(());
         }
-        let (end, reached) = other.reach(planes.clone(), direction, &self.device)?;
+        let short = tokens.count as usize * arena.layout().geometry.head_bytes() < KERNEL_BELOW;
+        let (end, by_kernel) = other.reach(planes.clone(), direction, (&self.device, short))?;
         self.device.bind()?;
         let ends = [End { address: arena.address(), kind: CU_MEMORYTYPE_DEVICE }, end];
-        let short = tokens.count as usize * arena.layout().geometry.head_bytes() < KERNEL_BELOW;
         let [ours, others] = places.map(|(layout, slot)| Pieces::new(layout, slot, tokens, planes.clone()));
-        if let (true, Some((ours, count)), Some((others, _))) = (reached && short, ours, others) {
+        if let (true, Some((ours, count)), Some((others, _))) = (by_kernel, ours, others) {
             let [ours, others] = [(ends[0].address, ours), (ends[1].address, others)];
             let (from, into) = if direction == Direction::Out { (ours, others) } else { (others, ours) };
             // SAFETY: all pieces were checked to lie in their memory, the host's is pinned, and all wait before they go.

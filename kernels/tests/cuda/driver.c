@@ -473,9 +473,7 @@ typedef struct {
 } Copy2d;
 
 EXPORT int cuMemcpy2DAsync_v2(const Copy2d *of, Stream *stream) {
-    // Memory of a GPU: this one's, or any (UNIFIED).
-    const int from_device = of->from_kind == 2 || of->from_kind == 4;
-    const int into_device = of->into_kind == 2 || of->into_kind == 4;
+    const int from_device = of->from_kind == 2, into_device = of->into_kind == 2;
     const Job job = {
         .kind = COPY,
         .from = from_device ? of->from_device : of->from_host,

@@ -11,9 +11,9 @@ use forebay_kernels::{
 use forebay_schemas::kv::{KvDtype, KvGeometry, KvLayout, TokenRange};
 use std::{os::fd::OwnedFd, sync::Arc};
 
-/// On the stand-in, a head of a slot has eight granules; on a GPU, slots share theirs.
+/// On the stand-in, a head of a slot has sixteen granules; on a GPU, slots share theirs.
 const LAYOUT: KvLayout = KvLayout {
-    geometry: KvGeometry { layers: 2, kv_heads: 2, head_dim: 16, dtype: KvDtype::F16 },
+    geometry: KvGeometry { layers: 2, kv_heads: 2, head_dim: 32, dtype: KvDtype::F16 },
     slots: 3,
     positions: 1024,
 };
@@ -122,7 +122,6 @@ fn what_the_owner_wrote_is_read_and_what_is_mapped_stays() {
     let shared = mapping(&arena, 1000);
     let (slot, first) = map(&shared, &arena, 1, tokens.end()).unwrap();
     assert!(first > 0 && bench.reads(&slot, &source, tokens));
-    // Short pieces go by the kernel.
     assert!(bench.reads(&slot, &source, TokenRange { start: 17, count: 5 }));
     let (again, second) = map(&shared, &arena, 1, tokens.end()).unwrap();
     assert_eq!(second, 0, "it is mapped already");
