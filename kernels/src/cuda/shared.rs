@@ -145,8 +145,8 @@ impl SharedArena {
             return Err(ShareError::Unreachable);
         }
         let head_bytes = layout.geometry.head_bytes();
-        let fits = granule > 0 && granule % granularity(device)? == 0;
-        if !fits || head_bytes % 16 != 0 || u32::try_from(layout.head_stride()).is_err() {
+        let fits = granule > 0 && granule.is_multiple_of(granularity(device)?);
+        if !fits || !head_bytes.is_multiple_of(16) || u32::try_from(layout.head_stride()).is_err() {
             return Err(ShareError::Layout { head_bytes, granule });
         }
         let backing = Backing::new(layout, granule, 0);
