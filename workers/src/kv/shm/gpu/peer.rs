@@ -97,6 +97,7 @@ impl GpuPeer {
         if matches!(slot, Err(NotShared::Connection(_))) {
             // What comes next would be the answer to another question.
             *connected = None;
+            let _ = self.stream.shutdown(Shutdown::Both);
         }
         slot
     }
