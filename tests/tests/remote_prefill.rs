@@ -160,11 +160,11 @@ async fn kv_in_int8_moves_alike() {
     let gateway = deployment.gateway(&[]).await;
     let pairs = "river is 42. stone is 17. cloud is 88. lamp is 31. bridge is 64. apple is 55.";
     let ask =
-        |salt: &str| Chat::new(&format!("{pairs} What is cloud?")).tokens(20).with("cache_salt", json!(salt));
+        |salt: &str| Chat::new(&format!("{pairs} What is cloud?")).tokens(8).with("cache_salt", json!(salt));
     let asked = async |salt: &str| deployment.check(&gateway.client.ask(&ask(salt)).await).await;
 
     let remote = asked("one").await;
-    assert_eq!(remote.text, "cloud is 88.");
+    assert!(remote.text.starts_with("cloud is 88."), "{}", remote.text);
     let events = deployment.events(remote.request).await;
     assert!(names(&events).contains(&"KvTransferred") && !names(&events).contains(&"KvLost"));
     let handles = events.iter().filter_map(|recorded| match &recorded.event.body {

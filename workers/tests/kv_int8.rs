@@ -83,7 +83,7 @@ fn logits_stay_close_to_fp32() {
         }
         let relative = (error / square).sqrt();
         eprintln!("{case}: logits off by {relative:.4} of their size");
-        assert!(relative < 0.027, "{case}: logits off by {relative} of their size");
+        assert!(relative < 0.029, "{case}: logits off by {relative} of their size");
     }
 }
 
@@ -209,7 +209,7 @@ fn what_is_beyond_the_ranges_is_clamped() {
     engine.prefill(0, 0, prompt, None).unwrap();
     let good = codes(&engine, count);
     let largest = good.iter().map(|code| code.unsigned_abs()).max().unwrap();
-    assert!((100..=116).contains(&largest), "with headroom, {largest} is the largest of 127");
+    assert!((90..=102).contains(&largest), "with headroom, {largest} is the largest of 127");
     for range in measured.ranges.layers.iter_mut().flatten().flatten() {
         *range /= 1000.0;
     }

@@ -34,8 +34,9 @@ const SCALE: f32 = 1.0 / 64.0;
 /// The largest code.
 const CODE_MAX: f32 = 127.0;
 
-/// How much larger than what was seen keys and values may get before they are clamped.
-const HEADROOM: f32 = 1.1;
+/// How much larger than what was seen keys and values may get before they are clamped. Over 40,000 tokens of other chats, 22 of the demo
+/// model's 80 ranges were exceeded by more than a tenth, and 7 by more than a quarter. It costs a third of a bit.
+const HEADROOM: f32 = 1.25;
 
 /// Keys and values as a graph has them.
 #[derive(Clone, Copy, Debug)]
