@@ -294,7 +294,7 @@ fn bad_ranges_are_refused_by_name() {
     let swapped: Vec<&str> = shape.trim_matches(['[', ']']).split(',').rev().collect();
     let swapped = format!("[{}]", swapped.join(","));
     let at = whole.windows(shape.len()).position(|window| window == shape.as_bytes()).unwrap();
-    let mut changed = whole.clone();
+    let mut changed = whole;
     changed[at..at + shape.len()].copy_from_slice(swapped.as_bytes());
     std::fs::write(measured.file(), changed).unwrap();
     let said = measured.refusal();

@@ -54,8 +54,7 @@ pub(super) fn check(
         ..OnnxOptions::default()
     };
     let mut cpu = OnnxEngine::with_checkpoint(checkpoint, &options)?;
-    let mut cpu_int8 =
-        OnnxEngine::with_checkpoint(checkpoint, &OnnxOptions { kv: KvType::Int8, ..options.clone() })?;
+    let mut cpu_int8 = OnnxEngine::with_checkpoint(checkpoint, &OnnxOptions { kv: KvType::Int8, ..options })?;
     let mut gpu_int8 = setting.engine(checkpoint, |options| {
         options.positions = longest as u32;
         options.kv = KvType::Int8;

@@ -185,7 +185,7 @@ mod tests {
                 assert!((layer.output[column] * layer.value[head * 16] - 1.0).abs() < 1e-6);
             }
         }
-        let mut other = ranges.clone();
+        let mut other = ranges;
         other.layers[0][1][7] = 0.02;
         assert_ne!(KvFactors::new(&other, &config).hash(), factors.hash());
     }
