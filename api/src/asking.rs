@@ -57,6 +57,7 @@ pub(crate) async fn begin(
     let params = validate::params(&asked.request, &model.card, drawn_seed())?;
     gateway.room.check()?;
     let permit = gateway.admission.admit()?;
+    params.check_format().await?;
     let prompt = model.prompt(&asked.request).await?;
     let Asked { endpoint, detached, stored, mut echo, key, .. } = asked;
     let fingerprint = key.map(|(_, fingerprint)| fingerprint);

@@ -82,6 +82,14 @@ pub(crate) fn params(request: &ChatRequest, card: &ModelCard, drawn_seed: u64) -
 }
 
 impl Params {
+    /// Whether the answer can be held to the format that is asked for. Takes a moment.
+    pub(crate) async fn check_format(&self) -> Result<(), ApiError> {
+        match self.format.clone() {
+            Some(format) => format::check(format).await,
+            None => Ok(()),
+        }
+    }
+
     /// The request, once its prompt is known to fit.
     pub(crate) fn accept(
         self,

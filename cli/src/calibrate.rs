@@ -91,6 +91,8 @@ pub(crate) fn run(args: &CalibrateArgs) -> anyhow::Result<()> {
             println!("{done:>6} of {} tokens", measured.len());
         }
     })?;
+    let infinite = ranges.layers.iter().flatten().flatten().any(|largest| !largest.is_finite());
+    ensure!(!infinite, "the model computes keys or values that are no numbers: nothing was written");
     ranges.write(&checkpoint, &file).with_context(|| format!("writing {}", file.display()))?;
     println!("measured in {:.1} s", begun.elapsed().as_secs_f64());
     for (what, plane) in [("keys", 0), ("values", 1)] {

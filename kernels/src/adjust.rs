@@ -4,7 +4,7 @@
 
 use crate::{exp, sampler::mass};
 use forebay_schemas::sampling::Sampling;
-use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
 /// A token whose logit changes: because it was seen before, or because the request says so.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,30 +56,34 @@ impl Adjustments {
         if penalties == Penalties::NONE && sampling.logit_bias.is_empty() {
             return None;
         }
-        let of =
-            |(token, bias): &(u32, f32)| TokenAdjustment { token: *token, count: 0, seen: 0, bias: *bias };
-        let mut adjustments = Adjustments { penalties, tokens: sampling.logit_bias.iter().map(of).collect() };
-        if penalties.repetition != Penalties::NONE.repetition {
-            prompt.iter().for_each(|token| adjustments.saw(*token, 0));
+        let mut tokens = BTreeMap::new();
+        let blank = |token: u32| TokenAdjustment { token, count: 0, seen: 0, bias: 0.0 };
+        for (token, bias) in &sampling.logit_bias {
+            tokens.insert(*token, TokenAdjustment { bias: *bias, ..blank(*token) });
         }
-        output.iter().for_each(|token| adjustments.push(*token));
-        Some(adjustments)
+        if penalties.repetition != Penalties::NONE.repetition {
+            prompt.iter().for_each(|token| tokens.entry(*token).or_insert(blank(*token)).seen = 1);
+        }
+        if penalties != Penalties::NONE {
+            for token in output {
+                let of = tokens.entry(*token).or_insert(blank(*token));
+                (of.seen, of.count) = (1, of.count + 1);
+            }
+        }
+        Some(Adjustments { penalties, tokens: tokens.into_values().collect() })
     }
 
     /// One more token was generated.
     pub fn push(&mut self, token: u32) {
-        if self.penalties != Penalties::NONE {
-            self.saw(token, 1);
+        if self.penalties == Penalties::NONE {
+            return;
         }
-    }
-
-    fn saw(&mut self, token: u32, times: u32) {
         let at = self.tokens.binary_search_by_key(&token, |of| of.token).unwrap_or_else(|at| {
             self.tokens.insert(at, TokenAdjustment { token, count: 0, seen: 0, bias: 0.0 });
             at
         });
         self.tokens[at].seen = 1;
-        self.tokens[at].count += times;
+        self.tokens[at].count += 1;
     }
 
     /// How much what was seen counts.
@@ -150,8 +154,8 @@ impl Normalizer {
 
 /// The `count` most probable tokens with their logits, most probable first, and of equals the lowest id.
 pub fn most_probable(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
-    let order =
-        |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
+    // Zeros are equal, whatever their sign.
+    let order = |a: &(u32, f32), b: &(u32, f32)| (b.1 + 0.0).total_cmp(&(a.1 + 0.0)).then(a.0.cmp(&b.0));
     let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
     if count < all.len() {
         all.select_nth_unstable_by(count, order);

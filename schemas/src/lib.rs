@@ -11,6 +11,7 @@ pub mod config;
 pub mod dead_letter;
 pub mod event;
 pub mod export;
+pub mod format;
 pub mod ids;
 pub mod kv;
 pub mod lifecycle;

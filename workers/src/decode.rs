@@ -14,12 +14,12 @@ use crate::{
     engine::EngineError,
     kv::Slot,
     runner::EngineStopped,
-    vocabulary::GrammarError,
     worker::{NO_LOG_PAUSE, NO_LOG_TRIES, Worker},
 };
 use attempt::{Attempt, Outcome};
 use forebay_schemas::{
     event::{Body, FailureCode, ReleaseCause, Released, RequestCancelled, RequestFailed},
+    format::FormatError,
     lifecycle::Lifecycle,
     task::{DecodeTask, Role, Task},
 };
@@ -63,8 +63,8 @@ enum RequestError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// Nothing can be generated in the format that is asked for.
-    #[error(transparent)]
-    Format(#[from] GrammarError),
+    #[error("the output's format: {0}")]
+    Format(#[from] FormatError),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] EngineStopped),

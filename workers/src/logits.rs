@@ -3,12 +3,15 @@
 
 use crate::{
     engine::Draw,
-    vocabulary::{Grammar, GrammarError, Vocabulary},
+    vocabulary::{Grammar, Vocabulary},
 };
 use forebay_kernels::Adjustments;
-use forebay_schemas::{event::RequestAccepted, lifecycle::Lifecycle, sampling::Sampling};
+use forebay_schemas::{
+    event::RequestAccepted, format::FormatError, lifecycle::Lifecycle, sampling::Sampling,
+};
 use forebay_streams::environment::off_thread;
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 
 /// Of one sequence; by default nothing changes.
 #[derive(Clone, Debug, Default)]
@@ -23,7 +26,7 @@ impl LogitsProcessors {
         accepted: &RequestAccepted,
         output: &[u32],
         vocabulary: &Vocabulary,
-    ) -> Result<LogitsProcessors, GrammarError> {
+    ) -> Result<LogitsProcessors, FormatError> {
         let grammar =
             accepted.format.as_ref().map(|format| vocabulary.grammar(format, output)).transpose()?;
         Ok(LogitsProcessors {
@@ -36,12 +39,15 @@ impl LogitsProcessors {
     pub(crate) async fn resume(
         state: &Lifecycle,
         vocabulary: &Arc<Vocabulary>,
-    ) -> Result<LogitsProcessors, GrammarError> {
+    ) -> Result<LogitsProcessors, FormatError> {
         let accepted = &state.accepted;
         if accepted.format.is_none() {
             return LogitsProcessors::new(accepted, &state.tokens, vocabulary);
         }
         let (accepted, tokens, vocabulary) = (accepted.clone(), state.tokens.clone(), vocabulary.clone());
+        // Whoever cancels meanwhile does not end what runs: so few at once that KV can still be moved.
+        static TURNS: Semaphore = Semaphore::const_new(2);
+        let _turn = TURNS.acquire().await.expect("never closed");
         off_thread(move || LogitsProcessors::new(&accepted, &tokens, &vocabulary)).await
     }
 
@@ -56,7 +62,7 @@ impl LogitsProcessors {
     }
 
     /// One more token was drawn, and others follow.
-    pub fn push(&mut self, token: u32) -> Result<(), GrammarError> {
+    pub fn push(&mut self, token: u32) -> Result<(), FormatError> {
         if let Some(adjustments) = &mut self.adjustments {
             adjustments.push(token);
         }

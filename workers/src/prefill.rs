@@ -10,11 +10,11 @@ use crate::{
     output::OutputText,
     runner::{EngineStopped, Output},
     scheduler::Sequence,
-    vocabulary::GrammarError,
     worker::{NO_LOG_PAUSE, NO_LOG_TRIES, Worker},
 };
 use forebay_schemas::{
     event::{Body, KvLost, KvReady, PrefillClaimed, PrefillCompleted},
+    format::FormatError,
     kv::TokenRange,
     lifecycle::{Illegal, Lifecycle, Phase},
     task::{PrefillTask, Role, Task},
@@ -49,8 +49,8 @@ enum PrefillError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// Nothing can be generated in the format that is asked for.
-    #[error(transparent)]
-    Format(#[from] GrammarError),
+    #[error("the output's format: {0}")]
+    Format(#[from] FormatError),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] EngineStopped),

@@ -26,6 +26,9 @@ use tokio::{
 /// Tokens that wait for one reader. A sequence whose reader is further behind pauses.
 const OUTPUT_MAX: usize = 64;
 
+/// What one step of a sequence can bring: filled positions, a token, and that it failed.
+const STEP_OUTPUTS_MAX: usize = 3;
+
 /// Commands that wait for the engine's thread.
 const COMMANDS_MAX: usize = 1024;
 
@@ -307,7 +310,8 @@ impl EngineLoop {
         }
         self.load.active_tokens.store(self.scheduler.tokens(), Ordering::Relaxed);
         self.load.prefill_tokens.store(self.scheduler.prompt_tokens(), Ordering::Relaxed);
-        let is_read = |slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() > 1);
+        let is_read =
+            |slot| self.outputs.get(&slot).is_some_and(|output| output.capacity() >= STEP_OUTPUTS_MAX);
         let can_take = |slot| !self.starving.contains(&slot) && is_read(slot);
         let step = self.scheduler.plan(can_take);
         if step != Step::default() {

@@ -4,8 +4,8 @@
 //! waited longest first, then one token of every sequence that decodes. While some decode, a step has a budget of tokens,
 //! so that prompts don't take their pace; the fewer they are, the more of it is the prompts'.
 
-use crate::{engine::Draw, logits::LogitsProcessors, vocabulary::GrammarError};
-use forebay_schemas::sampling::Sampling;
+use crate::{engine::Draw, logits::LogitsProcessors};
+use forebay_schemas::{format::FormatError, sampling::Sampling};
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
@@ -237,7 +237,7 @@ impl Scheduler {
 
     /// Notes a drawn token. Returns whether the sequence goes on; one that does not has left. Fails if the token is not of its
     /// format.
-    pub fn drawn(&mut self, slot: u32, token: u32) -> Result<bool, GrammarError> {
+    pub fn drawn(&mut self, slot: u32, token: u32) -> Result<bool, FormatError> {
         let Some(sequence) = self.sequences.get_mut(&slot) else { return Ok(false) };
         sequence.tokens.push(token);
         sequence.next_index += 1;

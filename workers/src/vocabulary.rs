@@ -1,13 +1,14 @@
 //! The text of every token of a model, as bytes, and the grammars that outputs can be held to.
 
 use crate::engine::{RawLogprobs, Sampled};
-use forebay_schemas::sampling::{Logprobs, OutputFormat, TokenLogprob};
+use forebay_schemas::{
+    format::{FormatError, Formats},
+    sampling::{Logprobs, OutputFormat, TokenLogprob},
+};
 use llguidance::{
-    Matcher, ParserFactory,
-    api::TopLevelGrammar,
+    Matcher,
     toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie},
 };
-use serde_json::json;
 use std::{
     fmt,
     sync::{Arc, OnceLock},
@@ -17,10 +18,8 @@ use tokenizers::{AddedToken, Tokenizer};
 /// Said instead of logarithms that are no numbers, or lower than this, as OpenAI does.
 const LOGPROB_MIN: f32 = -9999.0;
 
-/// A grammar that an output can't be held to, or one that it has left.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the output's format: {0}")]
-pub struct GrammarError(String);
+/// Bytes of a token that a grammar can draw.
+const TEXT_BYTES_MAX: usize = 1000;
 
 /// See the [module](self). All of it is made when first needed.
 pub struct Vocabulary {
@@ -28,13 +27,13 @@ pub struct Vocabulary {
     eos: Arc<[u32]>,
     size: u32,
     texts: OnceLock<Vec<Vec<u8>>>,
-    grammars: OnceLock<Result<ParserFactory, GrammarError>>,
+    formats: OnceLock<Result<Formats, FormatError>>,
 }
 
 impl Vocabulary {
     /// Of a model whose token ids are below `size`, and whose outputs these tokens end.
     pub fn new(tokenizer: Arc<Tokenizer>, eos: Arc<[u32]>, size: u32) -> Vocabulary {
-        Vocabulary { tokenizer, eos, size, texts: OnceLock::new(), grammars: OnceLock::new() }
+        Vocabulary { tokenizer, eos, size, texts: OnceLock::new(), formats: OnceLock::new() }
     }
 
     /// A token's text: empty for those that are no text.
@@ -55,11 +54,10 @@ impl Vocabulary {
 
     /// The grammar of a format, with these tokens generated so far. Compiles it: takes milliseconds, the first one of a model a
     /// second.
-    pub fn grammar(&self, format: &OutputFormat, output: &[u32]) -> Result<Grammar, GrammarError> {
-        let factory = self.grammars.get_or_init(|| self.factory()).as_ref().map_err(Clone::clone)?;
-        let parser = factory.create_parser(top_level(format)).map_err(of_runtime)?;
-        let mut grammar = Grammar { matcher: Matcher::new(Ok(parser)), allowed: SimpleVob::new() };
-        grammar.matcher.consume_tokens(output).map_err(of_runtime)?;
+    pub fn grammar(&self, format: &OutputFormat, output: &[u32]) -> Result<Grammar, FormatError> {
+        let formats = self.formats.get_or_init(|| self.formats()).as_ref().map_err(Clone::clone)?;
+        let mut grammar = Grammar { matcher: formats.compile(format)?, allowed: SimpleVob::new() };
+        grammar.matcher.consume_tokens(output).map_err(FormatError::new)?;
         grammar.look()?;
         Ok(grammar)
     }
@@ -68,23 +66,25 @@ impl Vocabulary {
         self.texts.get_or_init(|| (0..self.size).map(|token| text(&self.tokenizer, token)).collect())
     }
 
-    fn factory(&self) -> Result<ParserFactory, GrammarError> {
-        let special = |(token, added): (u32, AddedToken)| added.special.then_some(token);
+    fn formats(&self) -> Result<Formats, FormatError> {
         let mut texts = self.texts().to_vec();
-        for token in self.tokenizer.get_added_tokens_decoder().into_iter().filter_map(special) {
+        let special = |(token, added): (u32, AddedToken)| added.special.then_some(token);
+        let special = self.tokenizer.get_added_tokens_decoder().into_iter().filter_map(special);
+        let eos: Vec<u32> = self.eos.iter().copied().filter(|token| *token < self.size).collect();
+        let Some(first) = eos.first() else {
+            return Err(FormatError::new("the model has no token that ends an output"));
+        };
+        for token in special.chain(eos.iter().copied()) {
             // Is none of the text that a grammar knows.
-            if let Some(text) = texts.get_mut(token as usize) {
+            if let Some(text) = texts.get_mut(token as usize)
+                && text.first() != Some(&TokTrie::SPECIAL_TOKEN_MARKER)
+            {
                 text.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
             }
         }
-        let Some(eos) = self.eos.first() else {
-            return Err(GrammarError("the model has no token that ends an output".into()));
-        };
-        let trie = TokTrie::from(&TokRxInfo::new(self.size, *eos), &texts).with_eos_tokens(&self.eos);
-        let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-        let mut factory = ParserFactory::new_simple(&environment).map_err(of_runtime)?;
-        factory.quiet();
-        Ok(factory)
+        texts.iter_mut().filter(|text| text.len() > TEXT_BYTES_MAX).for_each(Vec::clear);
+        let trie = TokTrie::from(&TokRxInfo::new(self.size, *first), &texts).with_eos_tokens(&eos);
+        Formats::new(&(Arc::new(ApproximateTokEnv::new(trie)) as TokEnv))
     }
 }
 
@@ -108,32 +108,15 @@ impl Grammar {
     }
 
     /// One more token was generated, which is not one that ends the output.
-    pub fn push(&mut self, token: u32) -> Result<(), GrammarError> {
-        self.matcher.consume_token(token).map_err(of_runtime)?;
+    pub fn push(&mut self, token: u32) -> Result<(), FormatError> {
+        self.matcher.consume_token(token).map_err(FormatError::new)?;
         self.look()
     }
 
-    fn look(&mut self) -> Result<(), GrammarError> {
-        self.allowed = self.matcher.compute_mask_or_eos().map_err(of_runtime)?;
+    fn look(&mut self) -> Result<(), FormatError> {
+        self.allowed = self.matcher.compute_mask_or_eos().map_err(FormatError::new)?;
         Ok(())
     }
-}
-
-/// The grammar of a format. Between its tokens JSON may have some white space, but no endless amounts: small models lose
-/// themselves there.
-pub fn top_level(format: &OutputFormat) -> TopLevelGrammar {
-    let mut schema = match format {
-        OutputFormat::JsonObject => json!({ "type": "object" }),
-        OutputFormat::JsonSchema { schema } => schema.clone(),
-    };
-    if let Some(fields) = schema.as_object_mut() {
-        fields.insert("x-guidance".to_owned(), json!({ "whitespace_pattern": r"[\x20\x0A\x09]{0,16}" }));
-    }
-    TopLevelGrammar::from_json_schema(schema)
-}
-
-fn of_runtime(error: impl fmt::Display) -> GrammarError {
-    GrammarError(error.to_string())
 }
 
 /// A token's text. Tokens of byte-level tokenizers are bytes in disguise (Radford et al., "GPT-2", 2019); others are what they

@@ -104,7 +104,7 @@ fn a_schema_that_nobody_knows_is_refused() {
     for schema in [json!({ "type": "cloud" }), json!({ "$ref": "https://example.com/schema" }), json!(3)] {
         let format = OutputFormat::JsonSchema { schema };
         let error = vocabulary.grammar(&format, &[]).unwrap_err().to_string();
-        assert!(error.starts_with("the output's format: "), "{error}");
+        assert!(!error.is_empty() && !error.contains('\n'), "{error}");
     }
     let format = OutputFormat::JsonObject;
     assert!(vocabulary.grammar(&format, &[1, 2, 3]).is_err(), "what was said is not of the format");

@@ -2,60 +2,51 @@
 
 use super::invalid;
 use crate::error::{ApiError, ErrorCode};
-use forebay_schemas::{openai::ChatRequest, sampling::OutputFormat};
-use llguidance::{
-    ParserFactory,
-    api::TopLevelGrammar,
-    toktrie::{ApproximateTokEnv, InferenceCapabilities},
+use forebay_schemas::{
+    format::{FormatError, Formats},
+    openai::ChatRequest,
+    sampling::OutputFormat,
 };
-use serde_json::{Value, json};
+use std::sync::LazyLock;
+use tokio::sync::Semaphore;
 
-/// Bytes of a schema.
-const SCHEMA_BYTES_MAX: usize = 64 << 10;
+/// Formats that are looked at at once: some schemas take a moment.
+static TURNS: Semaphore = Semaphore::const_new(1);
 
+/// What a request asks for.
 pub(super) fn format(request: &ChatRequest) -> Result<Option<OutputFormat>, ApiError> {
-    let Some(asked) = &request.response_format else { return Ok(None) };
+    let Some(asked) = request.response_format.as_ref().filter(|asked| !asked.is_null()) else {
+        return Ok(None);
+    };
     let format = match asked["type"].as_str() {
         Some("text") => return Ok(None),
         Some("json_object") => OutputFormat::JsonObject,
-        Some("json_schema") => OutputFormat::JsonSchema { schema: schema(&asked["json_schema"]["schema"])? },
+        Some("json_schema") => OutputFormat::JsonSchema { schema: asked["json_schema"]["schema"].clone() },
         _ => {
             let message = format!(
-                "response_format has the type {}; there are text, json_object and json_schema",
+                "the format has the type {}; there are text, json_object and json_schema",
                 asked["type"]
             );
             return Err(ApiError::of(ErrorCode::UnsupportedParameter, "response_format", message));
         }
     };
     if request.ignore_eos == Some(true) {
-        return Err(invalid(
-            "ignore_eos",
-            "with a response_format an answer ends by itself; leave ignore_eos out",
-        ));
+        let message = "an answer that is held to a format ends by itself; leave ignore_eos out";
+        return Err(invalid("ignore_eos", message));
     }
     Ok(Some(format))
 }
 
-/// A schema that workers will know how to follow. They compile it for their tokens; here single bytes will do.
-fn schema(schema: &Value) -> Result<Value, ApiError> {
-    if !schema.is_object() {
-        let shape = json!({ "type": "json_schema", "json_schema": { "name": "…", "schema": {} } });
-        return Err(invalid("response_format", format!("json_schema.schema is not an object; send {shape}")));
-    }
-    let bytes = schema.to_string().len();
-    if bytes > SCHEMA_BYTES_MAX {
-        let message = format!("the schema has {bytes} bytes; give at most {SCHEMA_BYTES_MAX}");
-        return Err(invalid("response_format", message));
-    }
-    let bytes = ApproximateTokEnv::single_byte_env();
-    let compiled =
-        ParserFactory::new(&bytes, InferenceCapabilities::default(), &[]).and_then(|mut factory| {
-            factory.quiet().create_parser(TopLevelGrammar::from_json_schema(schema.clone()))
-        });
-    match compiled {
-        Ok(_) => Ok(schema.clone()),
-        Err(error) => {
-            Err(invalid("response_format", format!("no answer can be held to this schema: {error}")))
-        }
-    }
+/// Whether workers can follow it. They compile it for their tokens; here single bytes will do.
+pub(super) async fn check(format: OutputFormat) -> Result<(), ApiError> {
+    static FORMATS: LazyLock<Result<Formats, FormatError>> = LazyLock::new(Formats::of_bytes);
+    let _turn = TURNS.acquire().await.expect("never closed");
+    let compile = move || {
+        let formats = FORMATS.as_ref().map_err(Clone::clone)?;
+        formats.compile(&format).map(drop)
+    };
+    let compiled = forebay_streams::environment::off_thread(compile).await;
+    compiled.map_err(|error: FormatError| {
+        invalid("response_format", format!("no answer can be held to this format: {error}"))
+    })
 }

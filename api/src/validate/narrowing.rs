@@ -19,7 +19,8 @@ pub(super) fn penalty(name: &str, asked: Option<f32>) -> Result<f32, ApiError> {
 
 pub(super) fn repetition_penalty(request: &ChatRequest, card: &ModelCard) -> Result<f32, ApiError> {
     let penalty = request.repetition_penalty.unwrap_or(card.defaults.repetition_penalty);
-    within("repetition_penalty", penalty, penalty > 0.0 && penalty <= 2.0, "above 0 and up to 2")?;
+    // Less would make logits infinite.
+    within("repetition_penalty", penalty, (0.01..=2.0).contains(&penalty), "from 0.01 to 2")?;
     Ok(penalty)
 }
 

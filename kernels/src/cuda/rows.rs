@@ -11,21 +11,20 @@ use super::{
 use crate::adjust::{Adjustments, Normalizer, Penalties, TokenAdjustment};
 use forebay_schemas::sampling::Sampling;
 
-/// How the rows of a step are drawn. What most steps don't need, such as room for penalties, is made when first needed.
+/// How the rows of a step are drawn.
 #[derive(Debug)]
 pub struct RowDraws {
     vocab: usize,
-    rows_max: usize,
     draws: Mirrored<RowDraw>,
     drawn: Mirrored<u32>,
     /// How logits are changed before: nothing of it goes to the GPU if none are.
     changes: Vec<RowAdjustment>,
     tokens: Vec<TokenAdjustment>,
     masks: Vec<u32>,
-    changing: Option<Changing>,
+    changing: Changing,
     /// What is told after; the same.
     told: Vec<RowTold>,
-    telling: Option<Telling>,
+    telling: Telling,
 }
 
 /// A drawn token.
@@ -72,15 +71,24 @@ impl RowDraws {
     pub fn new(device: &Device, rows_max: usize, vocab: usize) -> Result<RowDraws, DeviceError> {
         Ok(RowDraws {
             vocab,
-            rows_max,
             draws: Mirrored::new(device, rows_max)?,
             drawn: Mirrored::new(device, rows_max)?,
             changes: Vec::new(),
             tokens: Vec::new(),
             masks: Vec::new(),
-            changing: None,
+            changing: Changing {
+                rows: Mirrored::new(device, rows_max)?,
+                tokens: Mirrored::new(device, 0)?,
+                masks: Mirrored::new(device, 0)?,
+                no_masks: DeviceBuffer::new(device, 0)?,
+            },
             told: Vec::new(),
-            telling: None,
+            telling: Telling {
+                logits: DeviceBuffer::new(device, rows_max * vocab)?,
+                rows: Mirrored::new(device, rows_max)?,
+                normalizers: Mirrored::new(device, rows_max)?,
+                probable: Mirrored::new(device, 0)?,
+            },
         })
     }
 
@@ -128,7 +136,7 @@ impl RowDraws {
     /// Queues the draws from logits of all rows of the step, which are overwritten.
     ///
     /// # Panics
-    /// If there are fewer logits.
+    /// If these are not logits for as many rows as there are at most.
     pub fn queue(
         &mut self,
         stream: &Stream,
@@ -137,12 +145,7 @@ impl RowDraws {
     ) -> Result<(), DeviceError> {
         let (rows, vocab) = (self.changes.len(), self.vocab as u32);
         if self.width() > 0 {
-            let telling = match self.telling.take() {
-                Some(telling) => telling,
-                None => Telling::new(stream.device(), self.rows_max, logits.len())?,
-            };
-            stream.copy_within(logits, &telling.logits)?;
-            self.telling = Some(telling);
+            stream.copy_within(logits, &self.telling.logits)?;
         }
         if self.changes.iter().any(|row| row.count > 0 || row.masked == 1) {
             self.change(stream, kernels, logits)?;
@@ -159,17 +162,7 @@ impl RowDraws {
         kernels: &Kernels,
         logits: &DeviceBuffer<f32>,
     ) -> Result<(), DeviceError> {
-        let device = stream.device();
-        let changing = match self.changing.take() {
-            Some(changing) => changing,
-            None => Changing {
-                rows: Mirrored::new(device, self.rows_max)?,
-                tokens: Mirrored::new(device, 0)?,
-                masks: Mirrored::new(device, 0)?,
-                no_masks: DeviceBuffer::new(device, 0)?,
-            },
-        };
-        let Changing { rows, tokens, masks, no_masks } = self.changing.insert(changing);
+        let Changing { rows, tokens, masks, no_masks } = &mut self.changing;
         rows.copy_in(stream, &self.changes)?;
         tokens.copy_in(stream, &self.tokens)?;
         masks.copy_in(stream, &self.masks)?;
@@ -181,9 +174,7 @@ impl RowDraws {
 
     fn tell(&mut self, stream: &Stream, kernels: &Kernels) -> Result<(), DeviceError> {
         let (rows, width) = (self.told.len(), self.width());
-        let Some(Telling { logits, rows: told, normalizers, probable }) = &mut self.telling else {
-            return Ok(());
-        };
+        let Telling { logits, rows: told, normalizers, probable } = &mut self.telling;
         told.copy_in(stream, &self.told)?;
         probable.make_room(stream.device(), rows * width as usize)?;
         let (logits, told) = ((&*logits, self.vocab as u32), (&told.gpu, width));
@@ -201,9 +192,10 @@ impl RowDraws {
             return Ok(None);
         }
         let (width, RowTold { top, told }) = (self.width() as usize, self.told[row]);
-        let Some(telling) = self.telling.as_mut().filter(|_| told == 1) else {
+        if told == 0 {
             return Ok(Some(Drawn { token, told: None }));
-        };
+        }
+        let telling = &mut self.telling;
         let normalizer = telling.normalizers.host.data()?[row];
         let probable = &telling.probable.host.data()?[row * width..][..top as usize + 1];
         let told = Told { normalizer, drawn: probable[0].logit, top: &probable[1..] };
@@ -213,17 +205,6 @@ impl RowDraws {
     /// Places for each row: for the drawn token, and the most probable ones of the row of which most is told. 0 if nothing is told.
     fn width(&self) -> u32 {
         self.told.iter().filter(|row| row.told == 1).map(|row| row.top + 1).max().unwrap_or(0)
-    }
-}
-
-impl Telling {
-    fn new(device: &Device, rows: usize, logits: usize) -> Result<Telling, DeviceError> {
-        Ok(Telling {
-            logits: DeviceBuffer::new(device, logits)?,
-            rows: Mirrored::new(device, rows)?,
-            normalizers: Mirrored::new(device, rows)?,
-            probable: Mirrored::new(device, 0)?,
-        })
     }
 }
 

@@ -64,7 +64,7 @@ pub struct ChatRequest {
     /// −2 to 2: taken off the logits of tokens once for each time that the answer has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frequency_penalty: Option<f32>,
-    /// vLLM's extension, above 0 and up to 2: divides the logits of tokens that the prompt or the answer has.
+    /// vLLM's extension, 0.01 to 2: divides the logits of tokens that the prompt or the answer has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repetition_penalty: Option<f32>,
     /// vLLM's extension; only 0 is served.

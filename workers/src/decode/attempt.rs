@@ -247,8 +247,8 @@ impl Attempt<'_> {
                 let text = output.release();
                 let cached_tokens = if first_index == 0 { cached } else { 0 };
                 let first_index = first_index as u32;
-                let generated =
-                    TokensGenerated { first_index, tokens, text, cached_tokens, logprobs: Vec::new() };
+                let logprobs = self.worker.logprobs(output);
+                let generated = TokensGenerated { first_index, tokens, text, cached_tokens, logprobs };
                 writer.append(Body::TokensGenerated(generated)).await?;
                 if !mem::replace(&mut kept, true) {
                     // Whoever asks something with the same beginning need not wait for the end of this answer.

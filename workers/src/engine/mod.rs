@@ -23,13 +23,13 @@ pub mod sim;
 
 pub use kv_type::KvType;
 
-use crate::vocabulary::GrammarError;
 use forebay_kernels::{
     Adjustments, Normalizer, NotFinite, Penalties, Region, adjust,
     cuda::{Arena, SharedSlot},
     most_probable, sample,
 };
 use forebay_schemas::{
+    format::FormatError,
     kv::{KvLayout, LayoutHash, TokenRange},
     sampling::Sampling,
 };
@@ -318,12 +318,12 @@ pub enum EngineError {
         position: u32,
     },
     /// A token was drawn that the output's format does not have.
-    #[error("slot {slot}: {error}")]
+    #[error("slot {slot}: a token that is not of the output's format: {error}")]
     OutOfFormat {
         /// Which slot.
         slot: u32,
         /// What happened.
-        error: GrammarError,
+        error: FormatError,
     },
     /// The runtime failed within a step.
     #[error("ONNX Runtime failed: {0}")]
