@@ -23,7 +23,7 @@ use forebay_workers::{
         onnx::{OnnxEngine, OnnxOptions, OpenError},
     },
     kv::{
-        Choice, FROM_GPU, KvOptions, KvPeers, KvRead, Leases, ReadError, Sealed,
+        Choice, FROM_GPU, KvOptions, KvPeers, KvRead, Leases, ReadError, Sealed, Transport,
         shm::{ShmOwner, host_id},
         sums,
     },
@@ -272,27 +272,28 @@ struct Owner {
     leases: Leases,
     lease: WorkerLease,
     shm: Option<ShmOwner>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Owner {
     fn new(engine: CudaEngine) -> Owner {
         let EngineCard { layout, layout_hash, .. } = *engine.card();
         let (folder, leases) = (tempfile::tempdir().unwrap(), Leases::create(layout.slots).unwrap());
-        let mut lease =
-            WorkerLease::of(WorkerId::new("prefill-test").unwrap(), Role::Prefill, ModelKey::of("m"));
-        let (kv, mover) = ((engine.kv().clone(), layout, layout_hash), engine.mover().unwrap());
-        let arena = Some(mover.arena());
-        let shm = ShmOwner::listen(folder.path(), &lease.worker, 7, kv, leases.clone(), arena).unwrap();
-        lease = WorkerLease {
-            incarnation: 7,
-            layout_hash,
-            slots: layout.slots,
-            host: host_id(),
-            kv_socket: shm.path().display().to_string(),
-            ..lease
-        };
-        Owner { engine, leases, lease, shm: Some(shm), _folder: folder }
+        let lease = WorkerLease::of(WorkerId::new("prefill-test").unwrap(), Role::Prefill, ModelKey::of("m"));
+        let lease =
+            WorkerLease { incarnation: 7, layout_hash, slots: layout.slots, host: host_id(), ..lease };
+        let mut owner = Owner { engine, leases, lease, shm: None, folder };
+        let shm = owner.listen();
+        owner.lease.kv_socket = shm.path().display().to_string();
+        owner.shm = Some(shm);
+        owner
+    }
+
+    fn listen(&self) -> ShmOwner {
+        let EngineCard { layout, layout_hash, .. } = *self.engine.card();
+        let (kv, mover) = ((self.engine.kv().clone(), layout, layout_hash), self.engine.mover().unwrap());
+        let (leases, arena) = (self.leases.clone(), Some(mover.arena()));
+        ShmOwner::listen(self.folder.path(), &self.lease.worker, 7, kv, leases, arena).unwrap()
     }
 
     /// What an event would say of a slot's positions.
@@ -431,6 +432,41 @@ async fn memory_of_a_gpu_is_given_to_who_has_a_lease() {
     let give_up = Instant::now() + Duration::from_secs(10);
     while has(&auto, &handle, &owner) {
         assert!(Instant::now() < give_up, "the reader has not noticed");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// One connection that broke does not keep a reader from an owner's GPU for good.
+#[tokio::test]
+async fn a_connection_that_broke_is_made_anew() {
+    let case = CASES[0];
+    let prompt = &Reference::read(case).prompts[1].ids;
+    let (mut first, second) = (on_gpu(case), on_gpu(case));
+    let tokens = TokenRange { start: 0, count: prompt.len() as u32 };
+    first.prefill(1, 0, prompt, Some(greedy(0))).unwrap();
+    let mut owner = Owner::new(first);
+    let sealed = owner.leases.seal(1, LEASE);
+    let handle = owner.handle(&sealed, 1, tokens);
+    let peers = peers(&second, Choice::Auto);
+    let region = |way: &dyn Transport| way.mapped(&handle).unwrap().clone();
+    let way = peers.transport(&handle, Some(&owner.lease)).unwrap();
+    assert!(way.mapped_gpu(&handle).is_some());
+    let mapped = region(&*way);
+    // The owner hangs up on everybody, and listens again.
+    drop(owner.shm.take());
+    owner.shm = Some(owner.listen());
+    assert!(way.mapped_gpu(&handle).is_none(), "it is over");
+    let give_up = Instant::now() + Duration::from_secs(10);
+    loop {
+        // Without a lease in the registry nobody is asked.
+        let way = peers.transport(&handle, None).unwrap();
+        assert!(way.mapped_gpu(&handle).is_none());
+        let way = peers.transport(&handle, Some(&owner.lease)).unwrap();
+        assert!(Arc::ptr_eq(&region(&*way), &mapped), "the region stays as it is");
+        if way.mapped_gpu(&handle).is_some() {
+            return;
+        }
+        assert!(Instant::now() < give_up, "the connection was not made anew");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

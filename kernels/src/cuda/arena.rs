@@ -197,7 +197,8 @@ impl Arena {
 
     /// Lets the GPU read and write granules.
     fn allow(&self, granules: std::ops::Range<usize>) -> Result<(), DeviceError> {
-        allow(&self.device, self.base, granules, self.granule)
+        let access = Access::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        allow(&self.device, self.base, granules, self.granule, access)
     }
 
     pub(super) fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -210,23 +211,24 @@ impl Drop for Arena {
         let _ = self.device.synchronize();
         let memory = self.memory.get_mut().unwrap_or_else(PoisonError::into_inner);
         let bytes = memory.backing.granules() * self.granule;
-        let mapped = memory.handles.len() * self.granule;
-        // In one call: there may be tens of thousands of granules, and the process ends meanwhile.
-        // SAFETY: all of them are mapped, side by side, and nothing is under way.
-        let _ = unsafe { sys::cuMemUnmap(self.base, mapped).result() };
+        // SAFETY: all of them are mapped, and nothing is under way.
+        unsafe { unmap_all(self.base, 0..memory.handles.len(), self.granule) };
         // SAFETY: nothing is mapped there any more.
         let _ = unsafe { sys::cuMemAddressFree(self.base, bytes).result() };
     }
 }
 
-/// Lets a GPU read and write granules, which are mapped.
+/// What a GPU may do with memory.
+pub(super) type Access = sys::CUmemAccess_flags;
+
+/// Lets a GPU have access to granules, which are mapped.
 pub(super) fn allow(
     device: &Device,
     base: u64,
     granules: std::ops::Range<usize>,
     granule: usize,
+    flags: Access,
 ) -> Result<(), DeviceError> {
-    let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
     let access = sys::CUmemAccessDesc { location: device.location(), flags };
     let start = base + (granules.start * granule) as u64;
     // SAFETY: the description is valid, and the driver refuses what is not mapped.
@@ -287,4 +289,20 @@ pub(super) unsafe fn map(
     let address = base + (at * granule) as u64;
     // SAFETY: as the caller says.
     unsafe { sys::cuMemMap(address, granule, 0, memory, 0).result() }.doing("mapping memory")
+}
+
+/// Unmaps granules. In one call: there may be tens of thousands, and the process ends meanwhile. If that fails, one by one: memory that
+/// stays mapped is missing for whoever comes next.
+///
+/// # Safety
+/// They are mapped, and nothing that uses them is under way.
+pub(super) unsafe fn unmap_all(base: u64, granules: std::ops::Range<usize>, granule: usize) {
+    let unmap = |granules: std::ops::Range<usize>| {
+        let start = base + (granules.start * granule) as u64;
+        // SAFETY: as the caller says.
+        unsafe { sys::cuMemUnmap(start, granules.len() * granule).result() }
+    };
+    if unmap(granules.clone()).is_err() {
+        granules.for_each(|at| _ = unmap(at..at + 1));
+    }
 }

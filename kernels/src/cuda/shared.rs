@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 use super::{
-    arena::{Arena, DESCRIPTOR, allow, granularity, map},
+    arena::{Access, Arena, DESCRIPTOR, allow, granularity, map, unmap_all},
     backing::Backing,
     device::{Device, DeviceError, DeviceUuid, Doing},
 };
@@ -257,10 +257,18 @@ impl SharedArena {
         // SAFETY: it was imported; the mapping holds it from here on.
         let _ = unsafe { sys::cuMemRelease(memory).result() };
         outcome?;
+        // What is the owner's is only read.
+        let access = Access::CU_MEM_ACCESS_FLAGS_PROT_READ;
+        let allowed = allow(&self.device, self.base, at..at + 1, self.granule, access);
+        if allowed.is_err() {
+            let address = self.base + (at * self.granule) as u64;
+            // SAFETY: it was mapped above, and nobody knows of it yet.
+            let _ = unsafe { sys::cuMemUnmap(address, self.granule).result() };
+        }
+        allowed?;
         let used = mapped.time;
         mapped.granules.insert(granule.at, MappedGranule { memory: granule.memory, users: 0, used });
-        allow(&self.device, self.base, at..at + 1, self.granule)
-            .inspect_err(|_| _ = self.unmap(mapped, granule.at))
+        Ok(())
     }
 
     fn unmap(&self, mapped: &mut Mapped, at: u32) -> Result<(), DeviceError> {
@@ -286,10 +294,10 @@ impl Drop for SharedArena {
     fn drop(&mut self) {
         let _ = self.device.bind();
         let mapped = std::mem::take(self.mapped.get_mut().unwrap_or_else(PoisonError::into_inner));
-        for at in mapped.granules.keys() {
-            let address = self.base + *at as u64 * self.granule as u64;
-            // SAFETY: it is mapped, and slots of it are gone, whose holders have waited for what they had queued.
-            let _ = unsafe { sys::cuMemUnmap(address, self.granule).result() };
+        let mapped: Vec<usize> = mapped.granules.keys().map(|at| *at as usize).collect();
+        for run in mapped.chunk_by(|one, next| one + 1 == *next) {
+            // SAFETY: they are mapped, and slots of them are gone, whose holders have waited for what they had queued.
+            unsafe { unmap_all(self.base, run[0]..run[0] + run.len(), self.granule) };
         }
         // SAFETY: nothing is mapped there any more.
         let _ = unsafe { sys::cuMemAddressFree(self.base, self.backing.granules() * self.granule).result() };

@@ -371,20 +371,22 @@ static int map(u8 *address, size_t bytes, Physical *memory) {
 EXPORT int cuMemMap(u8 *address, size_t bytes, size_t offset, Physical *handle, u64 flags) {
     LOCKED(offset || flags ? INVALID : map(address, bytes, handle));
 }
-static int allow(u8 *address, size_t bytes) {
+static int allow(u8 *address, size_t bytes, int access) {
     for (size_t at = 0; at < bytes; at += GRANULE) {
         Range *range = range_at(address + at, MAPPED);
         if (!range) return INVALID;
         range->accessible = 1;
     }
-    return mprotect(address, bytes, PROT_READ | PROT_WRITE) ? INVALID : OK;
+    return mprotect(address, bytes, access) ? INVALID : OK;
 }
 typedef struct {
     int location, device, flags;
 } Access;
 EXPORT int cuMemSetAccess(u8 *address, size_t bytes, const Access *access, size_t count) {
-    const int good = count == 1 && access->location == 1 && is_gpu(access->device) == OK && access->flags == 3;
-    LOCKED(good ? allow(address, bytes) : INVALID);
+    // To read only, or to read and write.
+    const int reads = access->flags == 1 || access->flags == 3;
+    const int good = count == 1 && access->location == 1 && is_gpu(access->device) == OK && reads;
+    LOCKED(good ? allow(address, bytes, access->flags == 1 ? PROT_READ : PROT_READ | PROT_WRITE) : INVALID);
 }
 // One mapping or several, side by side: all of each.
 static int unmap(u8 *address, size_t bytes) {

@@ -117,7 +117,7 @@ pub trait KvMover: Send + Sync {
     fn load(&self, slot: u32, tokens: TokenRange) -> Result<(), EngineError>;
 
     /// The same of a group of planes from a slot of another worker's region that is mapped here. Does `beside` while the copy goes
-    /// on.
+    /// on. The slot counts as filled when [`KvMover::fill`] says so.
     fn load_from(
         &self,
         from: PeerSlot<'_>,
@@ -128,7 +128,7 @@ pub trait KvMover: Send + Sync {
     ) -> Result<(), EngineError>;
 
     /// The same of all planes, from another process's memory of a GPU. Returns the sums of what has arrived, as a
-    /// [`KvHandle`] has them.
+    /// [`KvHandle`] has them: whoever has compared them says so by [`KvMover::fill`].
     ///
     /// [`KvHandle`]: forebay_schemas::kv::KvHandle
     fn load_from_gpu(
@@ -137,6 +137,9 @@ pub trait KvMover: Send + Sync {
         slot: u32,
         tokens: TokenRange,
     ) -> Result<Vec<u64>, EngineError>;
+
+    /// So many positions of a slot hold KV that is what it should be.
+    fn fill(&self, slot: u32, filled: u32);
 
     /// The memory that the engine computes on.
     fn arena(&self) -> &Arc<Arena>;

@@ -9,7 +9,7 @@ mod gpu;
 mod simulated;
 
 use super::{
-    greeting::{GREETING_MAX, Greeting},
+    greeting::{GREETING_MAX, GpuOffer, Greeting},
     lease::{Leases, Word, claim, release},
     read::{ReadError, Transport, lease_over},
 };
@@ -38,7 +38,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -46,6 +46,9 @@ use std::{
 
 /// How long a peer waits for the owner's greeting.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long after an attempt to connect anew, for questions about an owner's GPU, the next one may be made.
+const ANEW_AFTER: Duration = Duration::from_secs(5);
 
 /// Regions of peers kept mapped; the one that was not read for the longest time goes first.
 const PEERS_MAX: usize = 256;
@@ -135,21 +138,28 @@ fn greet(peer: &UnixStream, greeting: &[u8], region: &Region, leases: &Leases) -
 
 /// What an owner gives whoever connects, and the connection.
 struct Met {
-    greeting: Greeting,
+    gpu: Option<GpuOffer>,
     region: OwnedFd,
     words: OwnedFd,
     stream: Option<UnixStream>,
 }
 
-fn meet(path: &str) -> Result<Met, String> {
+/// Connects to who must be the owner of a handle's bytes.
+fn meet(path: &str, handle: &KvHandle) -> Result<Met, String> {
     let (greeting, region, words, stream) = if is_simulated() {
         let (greeting, region, words) = simulated::meet(path)?;
         (greeting, region, words, None)
     } else {
         connect(path)?
     };
-    let greeting = serde_json::from_slice(&greeting).map_err(|error| format!("greeting: {error}"))?;
-    Ok(Met { greeting, region, words, stream })
+    let mut greeting: Greeting =
+        serde_json::from_slice(&greeting).map_err(|error| format!("greeting: {error}"))?;
+    let gpu = greeting.gpu.take();
+    let expected = Greeting::of(handle);
+    if greeting != expected {
+        return Err(format!("the owner says it is {greeting:?}, the handle says {expected:?}"));
+    }
+    Ok(Met { gpu, region, words, stream })
 }
 
 fn connect(path: &str) -> Result<(Vec<u8>, OwnedFd, OwnedFd, Option<UnixStream>), String> {
@@ -199,9 +209,15 @@ impl ShmPeers {
         let key = (handle.agent.clone(), handle.incarnation);
         let unreachable =
             |cause: String| ReadError::Unreachable { agent: handle.agent.clone(), transport: "shm", cause };
-        if let Some(Mapped { peer, used }) = self.mapped.lock().expect("no panics while held").get_mut(&key) {
-            *used = Instant::now();
-            return Ok(peer.clone());
+        let known = self.mapped.lock().expect("no panics while held").get_mut(&key).map(|mapped| {
+            mapped.used = Instant::now();
+            mapped.peer.clone()
+        });
+        if let Some(peer) = known {
+            if let (Some(device), Some(lease)) = (&self.device, lease) {
+                peer.reach_gpu(&lease.kv_socket, handle, device);
+            }
+            return Ok(peer);
         }
         let lease = lease.ok_or_else(|| unreachable("it has no lease in the registry".into()))?;
         if lease.host != host_id() {
@@ -210,13 +226,17 @@ impl ShmPeers {
         let peer =
             Arc::new(ShmPeer::map(&lease.kv_socket, handle, self.device.as_ref()).map_err(unreachable)?);
         let mut mapped = self.mapped.lock().expect("no panics while held");
+        let mut gone = None;
         if mapped.len() >= PEERS_MAX
             && let Some(oldest) =
                 mapped.iter().min_by_key(|(_, mapped)| mapped.used).map(|(key, _)| key.clone())
         {
-            mapped.remove(&oldest);
+            gone = mapped.remove(&oldest);
         }
-        mapped.insert(key, Mapped { peer: peer.clone(), used: Instant::now() });
+        let before = mapped.insert(key, Mapped { peer: peer.clone(), used: Instant::now() });
+        // Others need not wait until what these had mapped is unmapped.
+        drop(mapped);
+        drop((gone, before));
         Ok(peer)
     }
 }
@@ -234,27 +254,63 @@ struct ShmPeer {
     region: Arc<Region>,
     words: Words,
     layout: KvLayout,
-    gpu: Option<GpuPeer>,
+    gpu: Mutex<GpuWay>,
+}
+
+/// The way to a peer's memory of a GPU.
+#[derive(Debug, Default)]
+struct GpuWay {
+    /// None if there is none.
+    peer: Option<Arc<GpuPeer>>,
+    /// When it was last looked for anew.
+    anew: Option<Instant>,
 }
 
 impl ShmPeer {
     fn map(socket: &str, handle: &KvHandle, device: Option<&Device>) -> Result<ShmPeer, String> {
-        let Met { mut greeting, region, words, stream } = meet(socket)?;
-        let offer = greeting.gpu.take();
-        let expected = Greeting::of(handle);
-        if greeting != expected {
-            return Err(format!("the owner says it is {greeting:?}, the handle says {expected:?}"));
-        }
-        let layout = greeting.layout;
+        let Met { gpu: offer, region, words, stream } = meet(socket, handle)?;
+        let layout = handle.layout;
         let region = Region::open(region, layout.region_bytes(), false).map_err(|error| error.to_string())?;
         let words = Words::open(words, layout.slots as usize).map_err(|error| error.to_string())?;
-        let gpu = device.zip(offer).zip(stream).and_then(|((device, offer), stream)| {
-            GpuPeer::new(device, stream, &offer, layout)
-                .inspect_err(|error| tracing::debug!(agent = %handle.agent, %error, "{}", NO_GPU))
-                .ok()
-        });
+        let peer = device.and_then(|device| gpu_peer(device, stream, offer, handle));
+        let gpu = Mutex::new(GpuWay { peer, anew: None });
         Ok(ShmPeer { region: Arc::new(region), words, layout, gpu })
     }
+
+    /// Connects anew for questions about the GPU's memory if that connection has ended, but not too often. The region stays mapped.
+    fn reach_gpu(&self, socket: &str, handle: &KvHandle, device: &Device) {
+        {
+            let mut way = self.gpu();
+            let is_over = way.peer.as_ref().is_some_and(|peer| peer.is_over());
+            if !is_over || way.anew.is_some_and(|anew| anew.elapsed() < ANEW_AFTER) {
+                return;
+            }
+            way.anew = Some(Instant::now());
+        }
+        let met = meet(socket, handle)
+            .inspect_err(|error| tracing::debug!(agent = %handle.agent, %error, "{}", NO_GPU));
+        let peer = met.ok().and_then(|Met { gpu, stream, .. }| gpu_peer(device, stream, gpu, handle));
+        if peer.is_some() {
+            // The old one goes after the lock.
+            let _old = std::mem::replace(&mut self.gpu().peer, peer);
+        }
+    }
+
+    fn gpu(&self) -> MutexGuard<'_, GpuWay> {
+        self.gpu.lock().expect("no panics while held")
+    }
+}
+
+/// Who is asked for an owner's memory of a GPU, over a connection that brought this offer.
+fn gpu_peer(
+    device: &Device,
+    stream: Option<UnixStream>,
+    offer: Option<GpuOffer>,
+    handle: &KvHandle,
+) -> Option<Arc<GpuPeer>> {
+    let peer = GpuPeer::new(device, stream?, &offer?, handle.layout)
+        .inspect_err(|error| tracing::debug!(agent = %handle.agent, %error, "{}", NO_GPU));
+    peer.ok().map(Arc::new)
 }
 
 /// What is then done instead.
@@ -308,7 +364,10 @@ impl Transport for ShmPeer {
     }
 
     fn mapped_gpu(&self, handle: &KvHandle) -> Option<SharedSlot> {
-        let gpu = self.gpu.as_ref().filter(|_| handle.tokens.count > 0 && self.check(handle).is_ok())?;
+        if handle.tokens.count == 0 || self.check(handle).is_err() {
+            return None;
+        }
+        let gpu = self.gpu().peer.clone()?;
         gpu.slot(handle)
             .inspect_err(|error| tracing::debug!(agent = %handle.agent, %error, "{}", NO_GPU))
             .ok()

@@ -68,7 +68,10 @@ impl Worker {
         slot.spoil(tokens.start);
         if let (Some(mover), Some(from)) = (self.runner.mover(), read.mapped_gpu(handle)) {
             let copy = || mover.load_from_gpu(&from, slot.index(), tokens);
-            let Err(error) = read.piece_on_gpu(handle, layout, copy) else { return Ok(()) };
+            let Err(error) = read.piece_on_gpu(handle, layout, copy) else {
+                mover.fill(slot.index(), tokens.end());
+                return Ok(());
+            };
             // The owner may have given that memory to another sequence, and the region has the KV all the same.
             tracing::debug!(agent = %handle.agent, %error, "KV is read again, from the owner's region");
         }
@@ -83,7 +86,10 @@ impl Worker {
             let mut add = || sum = sum_of(&region, &handle.layout, handle.slot, tokens, group);
             mover.load_from(from, slot.index(), tokens, planes, &mut add)?;
             Ok(sum)
-        })
+        })?;
+        // Not before all sums were compared: others may save what is filled.
+        mover.fill(slot.index(), tokens.end());
+        Ok(())
     }
 
     fn mirror(

@@ -93,11 +93,6 @@ impl CudaKv {
         Ok(Copying { kv: self, slot })
     }
 
-    /// So many positions of a slot hold KV now.
-    pub(super) fn fill(&self, slot: u32, filled: u32) {
-        self.slots()[slot as usize].filled = filled;
-    }
-
     fn copy(&self, direction: Direction, slot: u32, tokens: TokenRange) -> Result<(), EngineError> {
         let stream = if direction == Direction::Out { &self.out } else { &self.r#in };
         let layout = self.arena.layout();
@@ -161,15 +156,10 @@ impl KvMover for CudaKv {
         let _held = self.hold(slot, 0)?;
         let peer = self.peer(from.region);
         let host = HostSlot { region: &peer, layout: from.layout, slot: from.slot };
-        let last = planes.end == 2 * from.layout.geometry.layers;
         self.queue(&self.r#in, Direction::In, slot, host, tokens, planes)?;
         let done = self.r#in.mark()?;
         beside();
-        done.wait()?;
-        if last {
-            self.fill(slot, tokens.end());
-        }
-        Ok(())
+        Ok(done.wait()?)
     }
 
     fn load_from_gpu(
@@ -190,8 +180,11 @@ impl KvMover for CudaKv {
         summed.and(done)?;
         let of_groups = sums.of_groups(KvHandle::PLANES_PER_CHECKSUM)?;
         all().push(sums);
-        self.fill(slot, tokens.end());
         Ok(of_groups)
+    }
+
+    fn fill(&self, slot: u32, filled: u32) {
+        self.slots()[slot as usize].filled = filled;
     }
 
     fn arena(&self) -> &Arc<Arena> {

@@ -19,5 +19,5 @@ use std::time::Duration;
 /// How this version asks and answers.
 const VERSION: u32 = 1;
 
-/// How long either side waits for the other in the middle of a question.
+/// How long a reader waits for all that it asks of a slot; and an owner for the rest of one question and until its answer is sent.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);

@@ -1,15 +1,20 @@
 //! The owner's side: what it offers, and whom it answers.
 
 use super::{
-    ANSWER_TIMEOUT, VERSION,
-    wire::{ANSWER_BYTES, Answer, Asked, BATCH, QUESTION_BYTES, Question, encode_granules, read_granules},
+    VERSION,
+    wire::{
+        ANSWER_BYTES, Answer, Asked, BATCH, QUESTION_BYTES, Question, Timed, encode_granules, read_granules,
+    },
 };
 use crate::kv::{
     greeting::GpuOffer,
     lease::{Leases, Shown},
 };
 use forebay_kernels::cuda::{Arena, DeviceError, SharedGranule};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::{
+    io::retry_on_intr,
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
+};
 use std::{
     io::{self, ErrorKind, IoSlice, Read, Write},
     mem::MaybeUninit,
@@ -31,6 +36,8 @@ pub(in super::super) struct GpuOwner {
     arena: Weak<Arena>,
     leases: Leases,
     served: Arc<Mutex<Vec<Arc<UnixStream>>>>,
+    /// Held while descriptors are open: one batch at a time, however many peers ask.
+    exporting: Arc<Mutex<()>>,
 }
 
 /// A peer that is answered.
@@ -50,7 +57,8 @@ impl GpuOwner {
     pub(in super::super) fn new(arena: &Arc<Arena>, leases: Leases) -> Option<(GpuOwner, GpuOffer)> {
         let granule = arena.shared_granule()?;
         let offer = GpuOffer { version: VERSION, uuid: arena.device().uuid(), granule };
-        Some((GpuOwner { arena: Arc::downgrade(arena), leases, served: Arc::default() }, offer))
+        let arena = Arc::downgrade(arena);
+        Some((GpuOwner { arena, leases, served: Arc::default(), exporting: Arc::default() }, offer))
     }
 
     /// Answers a peer that was greeted, on a thread of its own, until it hangs up.
@@ -83,13 +91,13 @@ impl GpuOwner {
     }
 
     fn answer_all(&self, mut peer: &UnixStream) -> io::Result<()> {
-        peer.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         loop {
             let mut question = [0; QUESTION_BYTES];
             // The next question may come at any time.
             peer.set_read_timeout(None)?;
-            peer.read_exact(&mut question)?;
-            peer.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+            peer.read_exact(&mut question[..1])?;
+            let mut peer = Timed::new(peer);
+            peer.read_exact(&mut question[1..])?;
             let asked = Asked::decode(&question).ok_or(ErrorKind::InvalidData)?;
             match asked.question {
                 Question::Where => {
@@ -100,12 +108,13 @@ impl GpuOwner {
                     peer.write_all(&[&answer.encode()[..], &granules].concat())?;
                 }
                 Question::Pass(count) => {
-                    let wanted = read_granules(peer, count)?;
+                    let wanted = read_granules(&mut peer, count)?;
+                    let _exporting = self.exporting.lock().unwrap_or_else(PoisonError::into_inner);
                     let found = self.descriptors(asked.shown, asked.positions, &wanted);
                     let answer =
                         found.as_ref().map_or_else(|no| *no, |found| Answer::Done(found.len() as u32));
                     // Closed here, as soon as they were sent.
-                    send(peer, answer, &found.unwrap_or_default())?;
+                    send(&peer, answer, &found.unwrap_or_default())?;
                 }
             }
         }
@@ -145,7 +154,7 @@ impl GpuOwner {
     }
 }
 
-fn send(peer: &UnixStream, answer: Answer, descriptors: &[OwnedFd]) -> io::Result<()> {
+fn send(peer: &Timed<'_>, answer: Answer, descriptors: &[OwnedFd]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
@@ -153,7 +162,9 @@ fn send(peer: &UnixStream, answer: Answer, descriptors: &[OwnedFd]) -> io::Resul
         ancillary.push(SendAncillaryMessage::ScmRights(&borrowed));
     }
     let bytes = answer.encode();
-    match rustix::net::sendmsg(peer, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL)? {
+    let peer = peer.to_write()?;
+    let send = || rustix::net::sendmsg(peer, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL);
+    match retry_on_intr(send)? {
         ANSWER_BYTES => Ok(()),
         _ => Err(ErrorKind::WriteZero.into()),
     }

@@ -1,14 +1,15 @@
 //! The reader's side: one owner's memory, as much of it as was asked for.
 
 use super::{
-    ANSWER_TIMEOUT, VERSION,
-    wire::{ANSWER_BYTES, Answer, Asked, BATCH, Question, encode_granules, read_granules},
+    VERSION,
+    wire::{ANSWER_BYTES, Answer, Asked, BATCH, Question, Timed, encode_granules, read_granules},
 };
 use crate::kv::{greeting::GpuOffer, lease::Shown};
 use forebay_kernels::cuda::{Device, ShareError, SharedArena, SharedSlot};
 use forebay_schemas::kv::{KvHandle, KvLayout};
 use rustix::{
     event::{PollFd, PollFlags, poll},
+    io::retry_on_intr,
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags},
 };
 use std::{
@@ -76,8 +77,6 @@ impl GpuPeer {
             return Err(NotShared::Version(offer.version));
         }
         let arena = SharedArena::new(device, (offer.uuid, offer.granule), layout, MAPPED_MAX)?;
-        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-        stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         let (watched, end) = (stream.try_clone()?, stream.try_clone()?);
         let connected = Arc::new(Mutex::new(Some(Connected { stream, arena: Arc::new(arena) })));
         let of = connected.clone();
@@ -87,6 +86,12 @@ impl GpuPeer {
             lock(&of).take();
         })?;
         Ok(GpuPeer { connected, stream: end })
+    }
+
+    /// Whether the connection has ended.
+    pub(in super::super) fn is_over(&self) -> bool {
+        // Where somebody asks or unmaps just now, the next one will know.
+        self.connected.try_lock().is_ok_and(|connected| connected.is_none())
     }
 
     /// Has what a handle names mapped. Blocks while the owner answers, and while others ask it.
@@ -105,8 +110,9 @@ impl GpuPeer {
 
 impl Drop for GpuPeer {
     fn drop(&mut self) {
-        // Who waits for the end forgets the memory.
         let _ = self.stream.shutdown(Shutdown::Both);
+        // Unmapped when this is done, by the thread that waits for the end or here: the process may end next, and the driver with it.
+        lock(&self.connected).take();
     }
 }
 
@@ -126,20 +132,22 @@ fn wait_for_end(stream: &UnixStream) {
 }
 
 fn ask_for_slot(
-    mut stream: &UnixStream,
+    stream: &UnixStream,
     arena: &Arc<SharedArena>,
     handle: &KvHandle,
 ) -> Result<SharedSlot, NotShared> {
     let KvHandle { slot, generation, capability, .. } = *handle;
     let (shown, positions) = (Shown { slot, generation, capability }, handle.tokens.end());
     let question = |question| Asked { question, positions, shown }.encode();
+    // For all of it, since others wait meanwhile.
+    let mut stream = Timed::new(stream);
     stream.write_all(&question(Question::Where))?;
     let mut answer = [0; ANSWER_BYTES];
     stream.read_exact(&mut answer)?;
     let granules = match decoded(&answer)? {
         // The number is the owner's word: no more are read than the slot has.
         Answer::Done(count) if count as usize == arena.granules(slot, positions) => {
-            read_granules(stream, count as usize)?
+            read_granules(&mut stream, count as usize)?
         }
         Answer::Done(_) => return Err(io::Error::from(ErrorKind::InvalidData).into()),
         answer => return Err(NotShared::Refused(answer)),
@@ -147,7 +155,7 @@ fn ask_for_slot(
     arena.slot((slot, positions), &granules, BATCH, |granules| {
         let question = question(Question::Pass(granules.len()));
         stream.write_all(&[&question[..], &encode_granules(granules)].concat())?;
-        receive(stream, granules.len())
+        receive(&stream, granules.len())
     })
 }
 
@@ -155,17 +163,16 @@ fn decoded(answer: &[u8; ANSWER_BYTES]) -> io::Result<Answer> {
     Answer::decode(answer).ok_or(ErrorKind::InvalidData.into())
 }
 
-fn receive(stream: &UnixStream, asked: usize) -> Result<Vec<OwnedFd>, NotShared> {
+fn receive(stream: &Timed<'_>, asked: usize) -> Result<Vec<OwnedFd>, NotShared> {
     let mut answer = [0; ANSWER_BYTES];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::net::recvmsg(
-        stream,
-        &mut [IoSliceMut::new(&mut answer)],
-        &mut ancillary,
-        RecvFlags::CMSG_CLOEXEC,
-    )
-    .map_err(io::Error::from)?;
+    let stream = stream.to_read()?;
+    let receive = || {
+        let mut into = [IoSliceMut::new(&mut answer)];
+        rustix::net::recvmsg(stream, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    };
+    let received = retry_on_intr(receive).map_err(io::Error::from)?;
     if received.bytes != ANSWER_BYTES {
         return Err(io::Error::from(ErrorKind::UnexpectedEof).into());
     }

@@ -1,10 +1,12 @@
 //! What goes over the socket: questions, answers and granules.
 
+use super::ANSWER_TIMEOUT;
 use crate::kv::lease::Shown;
 use forebay_kernels::cuda::SharedGranule;
 use std::{
-    io::{self, Read},
+    io::{self, ErrorKind, Read, Write},
     os::unix::net::UnixStream,
+    time::{Duration, Instant},
 };
 
 /// Descriptors passed at once. The kernel takes up to 253 in a message; and those on their way count against the process's limit.
@@ -17,6 +19,51 @@ pub(super) const QUESTION_BYTES: usize = 32;
 pub(super) const ANSWER_BYTES: usize = 8;
 
 const GRANULE_BYTES: usize = 12;
+
+/// A connection on which all that is done must be done in [`ANSWER_TIMEOUT`], whoever dawdles.
+pub(super) struct Timed<'a> {
+    stream: &'a UnixStream,
+    end: Instant,
+}
+
+impl<'a> Timed<'a> {
+    pub(super) fn new(stream: &'a UnixStream) -> Timed<'a> {
+        Timed { stream, end: Instant::now() + ANSWER_TIMEOUT }
+    }
+
+    /// For one call that reads, and waits for no longer than is left.
+    pub(super) fn to_read(&self) -> io::Result<&'a UnixStream> {
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        Ok(self.stream)
+    }
+
+    /// For one call that writes.
+    pub(super) fn to_write(&self) -> io::Result<&'a UnixStream> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        Ok(self.stream)
+    }
+
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
+    }
+}
+
+impl Read for Timed<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.to_read()?.read(into)
+    }
+}
+
+impl Write for Timed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.to_write()?.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// What a reader asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +170,7 @@ pub(super) fn encode_granules(granules: &[SharedGranule]) -> Vec<u8> {
     granules.iter().flat_map(bytes).collect()
 }
 
-pub(super) fn read_granules(mut from: &UnixStream, count: usize) -> io::Result<Vec<SharedGranule>> {
+pub(super) fn read_granules(from: &mut impl Read, count: usize) -> io::Result<Vec<SharedGranule>> {
     let mut bytes = vec![0; count * GRANULE_BYTES];
     from.read_exact(&mut bytes)?;
     let granule = |bytes: &[u8]| SharedGranule { at: word(bytes, 0), memory: long(bytes, 4) };
@@ -133,6 +180,22 @@ pub(super) fn read_granules(mut from: &UnixStream, count: usize) -> io::Result<V
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_sends_a_little_at_a_time_is_not_waited_for_longer() {
+        let (one, mut other) = UnixStream::pair().unwrap();
+        let dawdles = std::thread::spawn(move || {
+            while other.write_all(&[0]).is_ok() {
+                std::thread::sleep(ANSWER_TIMEOUT / 20);
+            }
+        });
+        let begun = Instant::now();
+        let error = Timed::new(&one).read_exact(&mut [0; 1000]).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
+        assert!(begun.elapsed() >= ANSWER_TIMEOUT);
+        drop(one);
+        dawdles.join().unwrap();
+    }
 
     #[test]
     fn questions_and_answers_are_read_as_they_were_written() {
