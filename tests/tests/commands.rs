@@ -185,7 +185,7 @@ fn no_model() {
             model,
         ]))
     };
-    says(&with("./nowhere"), &["no folder ./nowhere", "--model takes a folder or a hub id"]);
+    says(&with("./nowhere"), &["no folder ./nowhere", "a model is a folder or a hub id"]);
     let empty = folder.path().join("empty");
     std::fs::create_dir(&empty).expect("a folder can be made");
     says(&with(empty.to_str().expect("UTF-8")), &["empty/", "No such file"]);

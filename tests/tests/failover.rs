@@ -11,6 +11,7 @@ use forebay_schemas::{
 };
 use forebay_tests::{Chat, Deployment, Gateway, Worker, deployment::ACK_WAIT, soon};
 use rustix::process::Signal;
+use serde_json::json;
 use std::time::Duration;
 
 /// Time of one token: slow enough for something to happen in between.
@@ -97,6 +98,39 @@ async fn a_decode_worker_is_killed_while_it_waits_for_the_prefill() {
     deployment.gone(&owner.id).await;
     deployment.all_slots_free().await;
     deployment.queue_empty(Role::Prefill).await;
+}
+
+/// Whoever goes on with an answer that is held to a schema knows where in it the answer is, and what was told of its tokens stays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decode_worker_is_killed_in_the_midst_of_a_schema() {
+    const NUMBERS: usize = 300;
+    let deployment = Deployment::start().await;
+    let (one, two, _prefill) = tokio::join!(deployment.decode(), deployment.decode(), deployment.prefill());
+    let gateway = deployment.gateway(&[]).await;
+    let schema = json!({
+        "type": "array",
+        "items": { "type": "integer", "minimum": 100, "maximum": 999 },
+        "minItems": NUMBERS,
+        "maxItems": NUMBERS,
+    });
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "numbers", "schema": schema } });
+    let chat = Chat::new("Count.").with("response_format", format).with("temperature", json!(1.5));
+    let chat = chat.with("seed", json!(3)).with("logprobs", json!(true)).with("presence_penalty", json!(1));
+    let mut stream = gateway.client.stream(&chat).await;
+    stream.read_text(100).await;
+    let request = stream.answer().request;
+    let [mut owner, other] = owner_first(&state_now(&deployment, request).await, [one, two]);
+    owner.process.kill();
+    let before = state_now(&deployment, request).await;
+    assert_eq!(before.phase, Phase::Decoding, "it is killed in the midst of its work");
+    let answer = stream.rest().await;
+    let state = deployment.check(&answer).await;
+    assert_eq!((state.attempt, state.worker.as_ref()), (2, Some(&other.id)));
+    assert_eq!(state.tokens[..before.tokens.len()], before.tokens);
+    let numbers: Vec<u32> = serde_json::from_str(&answer.text).expect("the schema's JSON");
+    assert!(numbers.len() == NUMBERS && numbers.iter().all(|number| (100..1000).contains(number)));
+    let told: Vec<u32> = state.logprobs.iter().map(|told| told.drawn.token).collect();
+    assert_eq!(told, state.tokens[..state.tokens.len() - 1], "one for each, but for the end");
 }
 
 /// The real model: what was logged before stays, and the answer goes on from there.
