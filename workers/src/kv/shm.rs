@@ -3,7 +3,7 @@
 //! The owner listens on a socket and hands every peer that connects a greeting and two descriptors: its region,
 //! which the peer maps read-only, and its lease words. From then on reads need nothing of the owner: its bytes
 //! stay readable even after it died, for as long as a peer has them mapped. Where the owner computes on a GPU, peers
-//! that compute on one, too, may ask for its memory ([`gpu`]).
+//! that compute on one, too, may ask for its memory (`shm/gpu.rs`).
 
 mod gpu;
 mod simulated;
