@@ -52,8 +52,8 @@ impl Vocabulary {
         Some(Logprobs { drawn: of(sampled.token, *drawn), top })
     }
 
-    /// The grammar of a format, with these tokens generated so far. Compiles it: takes milliseconds, the first one of a model a
-    /// second.
+    /// The grammar of a format, with these tokens generated so far. Compiles it, which takes its time; the first one of a model takes
+    /// longer.
     pub fn grammar(&self, format: &OutputFormat, output: &[u32]) -> Result<Grammar, FormatError> {
         let formats = self.formats.get_or_init(|| self.formats()).as_ref().map_err(Clone::clone)?;
         let mut grammar = Grammar { matcher: formats.compile(format)?, allowed: SimpleVob::new() };
