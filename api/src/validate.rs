@@ -24,6 +24,9 @@ const STOPS_MAX: usize = 4;
 /// Bytes of a `cache_salt`.
 const SALT_BYTES_MAX: usize = 256;
 
+/// Tokens that may be told of in one answer, alternatives included: the log keeps them all, and so do gateways and workers meanwhile.
+const LOGPROBS_MAX: u64 = 200_000;
+
 /// What a request asks for, apart from its prompt.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Params {
@@ -118,12 +121,21 @@ impl Params {
                 ),
             ));
         }
+        let max_tokens = self.max_tokens.unwrap_or(room as u32);
+        let told = self.sampling.logprobs.map_or(0, |top| u64::from(max_tokens) * u64::from(top + 1));
+        if told > LOGPROBS_MAX {
+            let message = format!(
+                "logprobs of up to {max_tokens} tokens would tell of {told}, alternatives included, and may of {LOGPROBS_MAX}: \
+                 give a lower max_tokens, or a lower top_logprobs"
+            );
+            return Err(invalid("top_logprobs", message));
+        }
         Ok(RequestAccepted {
             model: card.name.clone(),
             endpoint: "chat.completions".into(),
             prompt,
             sampling: self.sampling,
-            max_tokens: self.max_tokens.unwrap_or(room as u32),
+            max_tokens,
             stop: self.stop,
             ignore_eos: self.ignore_eos,
             timeout_ms: timeout.as_millis() as u64,

@@ -113,6 +113,19 @@ fn what_does_not_fit_the_context_is_refused_with_both_numbers() {
 }
 
 #[test]
+fn what_is_told_of_an_answer_is_bounded() {
+    let card = ModelCard { context_tokens: 40_000, ..card() };
+    let accepted = |top: u32, most: u32| {
+        let asked = request(json!({ "logprobs": true, "top_logprobs": top, "max_tokens": most }));
+        params(&asked, &card, 0)?.accept(&card, vec![1; 10], Duration::from_secs(5))
+    };
+    assert!(accepted(20, 9000).is_ok() && accepted(0, 39_000).is_ok());
+    let error = accepted(20, 10_000).unwrap_err().envelope().error;
+    assert_eq!(error.param.as_deref(), Some("top_logprobs"));
+    assert!(error.message.contains("210000"), "{}", error.message);
+}
+
+#[test]
 fn values_out_of_range_are_named() {
     for (param, value) in [
         ("temperature", json!(2.1)),
